@@ -1,0 +1,191 @@
+"""LangChain: a drop-in chat model whose replies follow the preferences of the user they are for.
+
+::
+
+    chat = ChatPrefMW(model="Qwen/Qwen3-0.6B")
+    chat.invoke("How do I fall asleep faster?", user_id="alice")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from pydantic import ConfigDict, PrivateAttr
+
+from prefmw.bootstrap import build_personalizer, open_store
+from prefmw.errors import UsageError
+from prefmw.personalizer import Options, Personalizer, Reply, ReplyStream
+from prefmw.preferences import Message
+from prefmw.settings import load_settings
+
+
+class ChatPrefMW(BaseChatModel):
+    """A local chat model steered, at every token, by the stored preferences of the user it answers.
+
+    Which user: the ``user_id`` keyword of a call, else the ``user_id`` the object was built with. Building the object
+    is free; weights load at the first call and are shared within the process. What is not given comes from prefmw's
+    environment variables and config file.
+    """
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    user_id: str | None = None
+    """Whose preferences apply where a call names no user."""
+
+    model: str | None = None
+    """The chat model: a folder, a hub id or an embedded model's name."""
+
+    method: str | None = None
+    """Alignment method; by default the user's own, else by their profile."""
+
+    strength: float | None = None
+    """Strength of the method."""
+
+    temperature: float | None = None
+    """Sampling temperature; 0 is greedy."""
+
+    top_p: float | None = None
+    """Nucleus of the candidate rule, in (0, 1]."""
+
+    top_k: int | None = None
+    """Most candidates a token is drawn from."""
+
+    max_tokens: int | None = None
+    """Tokens of a reply, at most."""
+
+    seed: int | None = None
+    """The same seed gives the same reply."""
+
+    database: str | None = None
+    """SQLAlchemy URL or SQLite file of the preferences."""
+
+    log: bool | None = None
+    """Whether turns are recorded."""
+
+    cache: Any = False
+    """Off: a LangChain cache would not see that a user's preferences changed."""
+
+    _personalizer: Personalizer | None = PrivateAttr(default=None)
+
+    @property
+    def _llm_type(self) -> str:
+        return "prefmw"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "user_id": self.user_id,
+            "method": self.method,
+            "strength": self.strength,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+        }
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        with self._begin(messages, stop, kwargs) as stream:
+            for _ in stream:
+                pass
+        reply = stream.reply
+        message = AIMessage(content=reply.text, usage_metadata=_usage(reply), response_metadata=_metadata(reply))
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        with self._begin(messages, stop, kwargs) as stream:
+            for piece in stream:
+                chunk = ChatGenerationChunk(message=AIMessageChunk(content=piece))
+                if run_manager:
+                    run_manager.on_llm_new_token(piece, chunk=chunk)
+                yield chunk
+        reply = stream.reply
+        last = AIMessageChunk(
+            content="", usage_metadata=_usage(reply), response_metadata=_metadata(reply), chunk_position="last"
+        )
+        yield ChatGenerationChunk(message=last)
+
+    def _begin(self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> ReplyStream:
+        user_id = kwargs.pop("user_id", None) or self.user_id
+        if not user_id:
+            raise UsageError("whose preferences? pass user_id='...' to the call, or to ChatPrefMW(user_id='...')")
+        names = ("method", "strength", "temperature", "top_p", "top_k", "max_tokens", "seed")
+        values = {name: kwargs.pop(name, getattr(self, name)) for name in names}
+        if kwargs:
+            raise UsageError(
+                f"ChatPrefMW takes no {', '.join(sorted(kwargs))}; it takes user_id, {', '.join(names)}, stop"
+            )
+        settings = load_settings({"model": self.model, "database": self.database, "log": self.log})
+        if self._personalizer is None:
+            self._personalizer = build_personalizer(settings, open_store(settings))
+        options = Options(**values, stop=tuple(stop or ()))
+        return self._personalizer.stream(
+            user_id, [_message(message) for message in messages], options, log=settings.log
+        )
+
+
+def _message(message: BaseMessage) -> Message:
+    if isinstance(message, HumanMessage):
+        return Message("user", _text(message))
+    if isinstance(message, AIMessage):
+        return Message("assistant", _text(message))
+    if isinstance(message, SystemMessage):
+        return Message("system", _text(message))
+    raise UsageError(f"ChatPrefMW takes system, human and AI messages, got {type(message).__name__}")
+
+
+def _text(message: BaseMessage) -> str:
+    """A message's text; content blocks are joined."""
+    blocks = [message.content] if isinstance(message.content, str) else message.content
+    texts = []
+    for block in blocks:
+        if isinstance(block, str):
+            texts.append(block)
+        elif block.get("type") == "text":
+            texts.append(str(block["text"]))
+        else:
+            raise UsageError(f"ChatPrefMW reads text, got a content block of type '{block.get('type')}'")
+    return "".join(texts)
+
+
+def _usage(reply: Reply) -> UsageMetadata:
+    return UsageMetadata(
+        input_tokens=reply.input_tokens,
+        output_tokens=reply.output_tokens,
+        total_tokens=reply.input_tokens + reply.output_tokens,
+    )
+
+
+def _metadata(reply: Reply) -> dict[str, Any]:
+    plan = reply.plan
+    return {
+        "model_name": reply.model,
+        "finish_reason": reply.finish_reason,
+        "prefmw": {
+            "user": reply.user_id,
+            "revision": plan.revision,
+            "method": plan.method,
+            "strength": plan.strength,
+            "weights": {key: weight.value for key, weight in plan.weights.items()},
+            "seed": plan.sampling.seed,
+        },
+    }

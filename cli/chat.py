@@ -1,0 +1,226 @@
+"""`prefmw chat`: one question answered, or a conversation at the prompt, as a user's preferences say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prefmw.cli.options import DatabaseOption, actor
+from prefmw.cli.output import emit, print_json, say
+from prefmw.errors import UnknownUserError, UsageError
+
+if TYPE_CHECKING:
+    from prefmw.personalizer import Options, Personalizer, Reply
+    from prefmw.preferences import Message, PreferenceStore
+
+
+@dataclass
+class Session:
+    """A user talking to a model: what every turn of one `prefmw chat` shares."""
+
+    user_id: str
+    personalizer: Personalizer
+    store: PreferenceStore
+    options: Options
+    system: str
+    history: list[Message]
+    conversation_id: str | None
+    log: bool
+    streams: bool = True
+
+    def ask(self, prompt: str, *, show: bool = True) -> Reply:
+        """Answer one message, streaming it to stdout if it is to be shown, and remember the exchange."""
+        from prefmw.preferences import Message
+
+        asked = Message("user", prompt)
+        messages = [Message("system", self.system)] if self.system else []
+        stream = self.personalizer.stream(
+            self.user_id,
+            [*messages, *self.history, asked],
+            self.options,
+            conversation_id=self.conversation_id,
+            log=self.log,
+        )
+        try:
+            with stream:
+                for piece in stream:
+                    if show and self.streams:
+                        emit(piece)
+        finally:
+            reply = stream.reply
+            self.history += [asked, Message("assistant", reply.text)]
+            self.conversation_id = reply.conversation_id
+        if show:
+            emit("\n" if self.streams else reply.text + "\n")
+        return reply
+
+
+def chat(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The question; without one, a conversation.")
+    ] = None,
+    user: Annotated[str | None, typer.Option("-u", "--user", metavar="ID", help="Whose preferences apply.")] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="Chat model: a folder, a hub id or an embedded model.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="auto, none, prompt or linear.")] = None,
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="How far to steer; linear: ratio in 0..10, 2 by default.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("-s", "--system", help="System prompt.")] = None,
+    continue_: Annotated[bool, typer.Option("-c", "--continue", help="Continue the latest conversation.")] = False,
+    conversation: Annotated[
+        str | None, typer.Option("--conversation", metavar="ID", help="Continue this conversation.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Nucleus of the candidate rule, in (0, 1].")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Most candidates a token is drawn from.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Tokens of the reply, at most.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same reply.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all that was applied.")] = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is whole.")] = False,
+    no_log: Annotated[bool, typer.Option("-n", "--no-log", help="Record nothing.")] = False,
+    database: DatabaseOption = None,
+) -> None:
+    """Ask a chat model, steered by a user's preferences. Without PROMPT on a terminal: a conversation.
+
+    Piped text is read too, and put behind PROMPT. The reply goes to stdout, everything else to stderr.
+    """
+    from prefmw.settings import load_settings
+
+    if continue_ and conversation:
+        raise UsageError("-c continues the latest conversation, --conversation another; give one of them")
+    flags = {"user": user, "model": model, "database": database, "log": False if no_log else None}
+    settings = load_settings(flags)
+    if settings.user is None:
+        raise UsageError("whose preferences? give --user ID, or set PREFMW_USER")
+    question = _question(prompt)
+    if question is None and json:
+        raise UsageError("--json answers one question; give a PROMPT or pipe one in")
+
+    from prefmw.bootstrap import build_personalizer, close_engines, open_store
+    from prefmw.preferences import check_user_id
+
+    check_user_id(settings.user)
+    store = open_store(settings)
+    try:
+        _ensure_user(store, settings.user)
+        with _loading(settings.model):
+            from prefmw.personalizer import Options
+
+            options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed)
+            personalizer = build_personalizer(settings, store)
+            personalizer.plan(store.profile(settings.user), options)  # a wrong flag is told before the weights load
+            earlier = None
+            if continue_ or conversation:
+                earlier = store.conversation(settings.user, conversation or "latest")
+            chat_model = personalizer.load()
+        session = Session(
+            user_id=settings.user,
+            personalizer=personalizer,
+            store=store,
+            options=options,
+            system=system if system is not None else (earlier.system if earlier else ""),
+            history=list(earlier.messages) if earlier else [],
+            conversation_id=earlier.id if earlier else None,
+            log=settings.log,
+            streams=not no_stream,
+        )
+        if question is None:
+            from prefmw.cli.repl import converse
+
+            converse(session, chat_model)
+            return
+        _answer(session, question, json)
+    finally:
+        store.close()
+        close_engines()
+
+
+def _answer(session: Session, question: str, json: bool) -> None:
+    try:
+        reply = session.ask(question, show=not json)
+    except KeyboardInterrupt:
+        kept = ", kept and marked so" if session.log else ""
+        say(f"\ninterrupted: the reply so far is partial{kept}")
+        raise typer.Exit(130) from None
+    for notice in reply.notices:
+        say(f"note: {notice}")
+    if json:
+        print_json(reply.as_json())
+
+
+def _question(prompt: str | None) -> str | None:
+    """PROMPT and piped text joined; ``None`` where a person sits at the terminal and has not asked yet."""
+    piped = ""
+    if sys.stdin is not None and not sys.stdin.isatty():
+        try:
+            piped = sys.stdin.read().strip()
+        except UnicodeDecodeError as error:
+            raise UsageError("the piped text is not valid UTF-8; re-encode it") from error
+    elif prompt is None:
+        return None
+    question = "\n\n".join(part for part in ((prompt or "").strip(), piped) if part)
+    if not question:
+        raise UsageError("there is nothing to answer; give a PROMPT or pipe one in")
+    return question
+
+
+def _ensure_user(store: PreferenceStore, user_id: str) -> None:
+    """On a terminal an unknown user is created, and offered one line to describe themselves."""
+    try:
+        store.profile(user_id)
+        return
+    except UnknownUserError:
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise
+    say(f"{user_id} is new here. In one line, who are you and how do you like your answers? (Enter to skip)")
+    try:
+        persona = _ask_line("> ")
+    except (EOFError, KeyboardInterrupt):
+        raise typer.Exit(130) from None
+    try:
+        store.add_user(user_id, persona=persona, actor=actor(), reason="first chat")
+    except UsageError as error:
+        store.add_user(user_id, actor=actor(), reason="first chat")
+        say(
+            f"{error}; {user_id} is stored without a persona, add one with: prefmw users edit {user_id} --persona '...'"
+        )
+
+
+def _ask_line(prompt: str) -> str:
+    """A line from the terminal, asked for on stderr."""
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.strip()
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """A spinner on stderr while imports and weights load, on a terminal only; libraries keep quiet meanwhile."""
+    import warnings
+
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(f"loading {model} ...") if console.is_terminal else _nothing():
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,66 @@
+"""`prefmw`: the commands put together, and the one place where errors meet the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from prefmw import __version__
+from prefmw.cli import chat, db, models, prefs, users
+from prefmw.cli.output import say
+from prefmw.errors import PrefmwError
+
+app = typer.Typer(
+    name="prefmw",
+    help="Per-user alignment for local chat models.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+)
+app.command("chat")(chat.chat)
+app.add_typer(users.app, name="users")
+app.add_typer(prefs.app, name="prefs")
+app.add_typer(models.app, name="models")
+app.add_typer(db.app, name="db")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Per-user alignment for local chat models: preferences stored as numbers, applied to the logits at every token."""
+    if version:
+        print(f"prefmw {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 it failed, 2 wrong use, 130 interrupted."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; every foreseeable error becomes one line on stderr and an exit code."""
+    try:
+        code = app(args=arguments, prog_name="prefmw", standalone_mode=False)
+        sys.stdout.flush()
+    except PrefmwError as error:
+        say(f"prefmw: {error}")
+        return error.exit_code
+    except typer.TyperException as error:
+        if error.format_message():
+            say(f"prefmw: {error.format_message()} (see --help)")
+        return error.exit_code
+    except typer.Abort:
+        return 130
+    except BrokenPipeError:
+        # The reader left (`| head -1`). Give the interpreter a stdout that its last flush can't fail on.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code if isinstance(code, int) else 0

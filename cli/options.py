@@ -1,0 +1,42 @@
+"""Options that several commands share, and how a command gets its settings and store."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from prefmw.preferences import PreferenceStore
+
+DatabaseOption = Annotated[
+    str | None,
+    typer.Option("-d", "--database", metavar="URL", help="SQLAlchemy URL or SQLite file; by default the home's."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+UserArgument = Annotated[str, typer.Argument(metavar="ID", help="The user's id.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why, kept with the revision.")]
+
+
+@contextmanager
+def opened_store(database: str | None) -> Iterator[PreferenceStore]:
+    """The store that flag, environment and config file name, closed afterwards."""
+    from prefmw.bootstrap import open_store
+    from prefmw.settings import load_settings
+
+    store = open_store(load_settings({"database": database}))
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def actor() -> str:
+    """Who is recorded as having made a change from this command line."""
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):  # a uid without a name, as in some containers
+        return "cli"

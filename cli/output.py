@@ -1,0 +1,113 @@
+"""What a person or a program reads: one line to stderr, JSON, tables, weights as bars."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefmw.preferences import Dimensions, Profile, principle_text
+
+
+def say(text: str) -> None:
+    """One line for the person, on stderr."""
+    print(printable(" ".join(text.splitlines())), file=sys.stderr, flush=True)
+
+
+def emit(text: str) -> None:
+    """A piece of a reply, on stdout at once; on a terminal no control sequence gets through."""
+    if sys.stdout.isatty():
+        text = printable(text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_json(value: Any) -> None:
+    """A result for a program, on stdout."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def printable(text: str) -> str:
+    """The text with control characters shown instead of obeyed; line breaks and tabs stay."""
+    return "".join(char if char in "\n\t" or not _is_control(char) else f"\\x{ord(char):02x}" for char in text)
+
+
+def _is_control(char: str) -> bool:
+    return ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout, as wide as its longest cells allow."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell).replace("\n", " ")) for cell in row))
+    Console().print(table)
+
+
+def shorten(text: str, width: int = 60) -> str:
+    """The text on one line of at most ``width`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def profile_json(profile: Profile, dimensions: Dimensions) -> dict[str, Any]:
+    """A profile as ``prefs show --json`` and ``users show --json`` print it."""
+    from prefmw.preferences import STRENGTHS
+
+    return {
+        "user": profile.user_id,
+        "persona": profile.persona,
+        "revision": profile.revision,
+        "weights": {key: weight.as_json() for key, weight in profile.weights.items()},
+        "principle": principle_text(profile, dimensions),
+        "method": profile.method,
+        "strengths": {name: profile.strengths.get(name) for name, dial in STRENGTHS.items() if dial},
+        "direction": None,
+    }
+
+
+def print_profile(profile: Profile, dimensions: Dimensions) -> None:
+    """A profile for a person: persona, weights as bars, and the principle text they add up to."""
+    print(f"{profile.user_id}  (revision {profile.revision})")
+    print(f"persona    {printable(profile.persona) or '–'}")
+    print(f"method     {_method(profile)}")
+    if profile.weights:
+        print("weights")
+        for key, weight in sorted(profile.weights.items(), key=lambda item: -abs(item[1].value)):
+            pole = dimensions[key].pole(weight.value).name if key in dimensions else "retired"
+            print(f"  {key:<13}{weight.value:+.2f}  {bar(weight.value)}  {pole:<11} {_origin(profile, key)}")
+    principle = principle_text(profile, dimensions)
+    print(f"principle  {printable(principle) or '– (no persona, and no weight of 0.15 or more)'}")
+
+
+def bar(weight: float, half: int = 10) -> str:
+    """A weight in [-1, 1] as a bar around a middle: ``····██████|··········`` for -0.6."""
+    size = round(abs(weight) * half)
+    left = "█" * size if weight < 0 else ""
+    right = "█" * size if weight > 0 else ""
+    return f"{left:·>{half}}|{right:·<{half}}"
+
+
+def _method(profile: Profile) -> str:
+    strengths = ", ".join(f"{name} strength {value:g}" for name, value in profile.strengths.items())
+    return (profile.method or "auto") + (f" ({strengths})" if strengths else "")
+
+
+def _origin(profile: Profile, key: str) -> str:
+    """Who set the effective weight, and what it covers: ``user (over inferred +0.40)``."""
+    layers = sorted((layer for layer in profile.layers if layer.dimension == key), key=lambda layer: -layer.source)
+    beneath = ", ".join(f"{layer.source.name} {layer.value:+.2f}" for layer in layers[1:])
+    return layers[0].source.name + (f" (over {beneath})" if beneath else "")
+
+
+def timing_line(values: Mapping[str, Any]) -> str:
+    """A reply's facts on one dim line: method, tokens, speed."""
+    return " · ".join(f"{key} {value}" for key, value in values.items())

@@ -1,0 +1,82 @@
+"""The candidate rule: which tokens may be sampled at all.
+
+A method that adds to logits can lift a token that no sane reading of the context allows. So every method names one
+distribution it trusts, the rule's (none z0, prompt and linear z1), and only that distribution's nucleus may be sampled.
+
+Shapes: B rows, V vocabulary. Source: the nucleus mask of Linear Alignment's released code (0.8, from the
+with-principle distribution); nucleus sampling is Holtzman et al., "The Curious Case of Neural Text Degeneration".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prefmw.alignment.checks import check_logits, per_row
+
+
+def nucleus(rule: Tensor, top_p: Tensor | float, temperature: Tensor | float = 1.0) -> Tensor:
+    """The smallest set of most likely tokens whose probability reaches ``top_p``.
+
+    With p = softmax(rule / temperature) sorted downwards, token i stays while p_1 + ... + p_(i-1) < top_p: the token
+    that crosses the bound stays, so at least one does. top_p = 1 keeps every token of non-zero probability.
+    Temperature 0 means greedy decoding and counts as 1 here, since the limit would leave one token and undo the
+    method.
+
+    Args:
+        rule: logits of the trusted distribution, (B, V).
+        top_p: mass to keep, in (0, 1], per row (B,) or one for all.
+        temperature: of the sampling, >= 0, per row (B,) or one for all.
+
+    Returns:
+        True where a token may be sampled, (B, V), bool.
+
+    Raises:
+        ValueError: a logit is NaN or +inf, top_p outside (0, 1], or a temperature negative or not finite.
+    """
+    (rule,) = check_logits(rule)
+    mass = per_row(top_p, rule, "top_p")
+    if not bool(((mass > 0) & (mass <= 1)).all()):
+        raise ValueError(f"top_p lies in (0, 1], got {mass.flatten().tolist()}")
+    heat = per_row(temperature, rule, "temperature")
+    heat = torch.where(heat == 0, torch.ones_like(heat), heat)
+    ranked, order = (rule / heat).softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    # A running sum in float64: float32 rounds away the many small terms of a large vocabulary.
+    before = ranked.double().cumsum(dim=1) - ranked
+    keep = ((before < mass) | (mass == 1)) & (ranked > 0)
+    keep[:, 0] = True
+    return torch.zeros_like(keep).scatter(1, order, keep)
+
+
+def top_k(rule: Tensor, k: int) -> Tensor:
+    """The ``k`` most likely tokens, True where a token may be sampled, (B, V); ties go to the lower token id.
+
+    Raises:
+        ValueError: a logit is NaN or +inf, or k < 1.
+    """
+    (rule,) = check_logits(rule)
+    if k < 1:
+        raise ValueError(f"k is at least 1, got {k}")
+    order = rule.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(rule, dtype=torch.bool).scatter(1, order, True)
+
+
+def restrict(logits: Tensor, rule: Tensor, keep: Tensor) -> Tensor:
+    """``logits`` where ``keep`` holds, -inf elsewhere; a row left with no finite logit falls back to the rule's own.
+
+    Args:
+        logits: aligned logits, (B, V).
+        rule: logits of the trusted distribution, (B, V).
+        keep: what may be sampled, (B, V), bool, at least one a row.
+
+    Returns:
+        Logits with at least one finite entry a row, (B, V), float32.
+
+    Raises:
+        ValueError: shapes differ, or a logit is NaN or +inf.
+    """
+    logits, rule = check_logits(logits, rule)
+    outside = torch.full_like(logits, -torch.inf)
+    bounded = torch.where(keep, logits, outside)
+    underflow = bounded.isneginf().all(dim=1, keepdim=True)
+    return torch.where(underflow, torch.where(keep, rule, outside), bounded)

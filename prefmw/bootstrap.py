@@ -1,0 +1,102 @@
+"""The one place that wires the rooms: settings in, a store and a personalizer out. Imports late, so that each is free
+until it is used.
+"""
+
+from __future__ import annotations
+
+import threading
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefmw.errors import ModelNotFoundError
+from prefmw.preferences import PreferenceStore, default_dimensions
+from prefmw.settings import Settings
+
+if TYPE_CHECKING:
+    from prefmw.personalizer import Backend, Personalizer
+
+EMBEDDED = ("tiny",)
+"""Chat models that ship inside the package, under prefmw/assets."""
+
+_backends: dict[str, Backend] = {}
+_lock = threading.Lock()
+
+
+def open_store(settings: Settings) -> PreferenceStore:
+    """The store that the settings name; a fresh SQLite file gets its schema here.
+
+    Raises:
+        StoreError: it cannot be opened, or its schema is not this version's.
+    """
+    from prefmw.stores import SQLPreferenceStore
+
+    return SQLPreferenceStore(settings.database_url)
+
+
+def build_personalizer(settings: Settings, store: PreferenceStore) -> Personalizer:
+    """A personalizer on the settings' chat model, which is loaded at the first reply and shared within the process."""
+    from prefmw.personalizer import Defaults, Personalizer
+
+    defaults = Defaults(
+        method=settings.method,
+        strength=settings.strength,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+    )
+    return Personalizer(store, lambda: _backend(settings), default_dimensions(), defaults)
+
+
+def embedded_path(name: str) -> Path:
+    """Where an embedded model lies, or would lie."""
+    return Path(str(files("prefmw"))) / "assets" / name
+
+
+def _backend(settings: Settings) -> Backend:
+    """One engine per chat model, revision, dtype and device in this process."""
+    from prefmw.decoding import Engine
+    from prefmw.models import ModelSpec, load_chat_model
+    from prefmw.personalizer import Backend
+
+    spec = ModelSpec(
+        name=settings.model,
+        path=_embedded(settings.model),
+        revision=settings.model_revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        device_map=settings.device_map,
+        quantization=settings.quantization,
+        trust_remote_code=settings.trust_remote_code,
+        template_options=settings.template_options,
+    )
+    with _lock:
+        key = repr(spec)
+        if key not in _backends:
+            chat = load_chat_model(spec)
+            engine = Engine(chat.module, capacity=chat.capacity, vocabulary=chat.vocabulary)
+            _backends[key] = Backend(chat, engine)
+        return _backends[key]
+
+
+def _embedded(model: str) -> Path | None:
+    """The folder of an embedded model; ``None`` for any other."""
+    if model not in EMBEDDED:
+        return None
+    path = embedded_path(model)
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"the embedded chat model '{model}' is not in this installation; name one with -m: a folder, or a hub id "
+            "such as Qwen/Qwen3-0.6B"
+        )
+    return path
+
+
+def close_engines() -> None:
+    """Shut down every engine of this process; for the end of a program."""
+    with _lock:
+        for backend in _backends.values():
+            backend.engine.close()
+        _backends.clear()

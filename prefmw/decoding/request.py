@@ -1,0 +1,57 @@
+"""What the engine is asked: views, how to combine them, how to sample, when to stop. Token ids and numbers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prefmw.alignment import Combiner
+from prefmw.errors import UsageError
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class View:
+    """One reading of the reply: the context that stands in front of it, as token ids (at least one)."""
+
+    context: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn and when to stop.
+
+    ``temperature`` 0 is greedy. ``top_p`` (0, 1] and ``top_k`` (``None`` for no bound) bound the rule's distribution,
+    not the aligned one (:mod:`prefmw.alignment.candidates`). The same ``seed`` gives the same reply.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    max_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise UsageError(f"temperature is 0 (greedy) or more, got {self.temperature:g}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p lies in (0, 1], got {self.top_p:g}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top-k is at least 1, got {self.top_k}; leave it out for no bound")
+        if self.max_tokens < 1:
+            raise UsageError(f"max-tokens is at least 1, got {self.max_tokens}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"seed lies in [0, {MAX_SEED}], got {self.seed}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One reply to decode: its views, the combiner that joins them, and the strength it runs at."""
+
+    views: tuple[View, ...]
+    combiner: Combiner
+    sampling: Sampling
+    strength: float = 0.0
+    stop_ids: frozenset[int] = field(default_factory=frozenset)

@@ -1,0 +1,411 @@
+"""One turn: profile -> plan -> reply -> record. The command line, LangChain and servers all call this.
+
+A plan says, in numbers and words a person can read, how a reply will be steered. A new alignment method is a combiner
+in ``prefmw.alignment`` and its views in :func:`_request`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from prefmw.alignment import Combiner, combine_linear, combine_plain
+from prefmw.decoding import Engine, Generation, Request, Sampling, View
+from prefmw.errors import ContextLengthError, EngineError, UsageError
+from prefmw.models import ChatModel, Detokenizer
+from prefmw.preferences import (
+    AUTO,
+    Dimensions,
+    Message,
+    PreferenceStore,
+    Profile,
+    Turn,
+    Weight,
+    check_method,
+    check_strength,
+    check_text,
+    principle_text,
+)
+
+
+class Backend(NamedTuple):
+    """A loaded chat model and the engine that decodes with it."""
+
+    chat: ChatModel
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one call asks for; ``None`` leaves it to the user's profile and then to the defaults."""
+
+    method: str | None = None
+    strength: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What applies where neither the call nor the user says otherwise."""
+
+    method: str = AUTO
+    strength: Mapping[str, float] = field(default_factory=dict)
+    temperature: float = 0.7
+    top_p: float = 0.8
+    top_k: int | None = None
+    max_tokens: int = 512
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a reply is steered: everything but the conversation that decides its distribution."""
+
+    method: str
+    strength: float | None
+    principle: str
+    revision: int
+    weights: Mapping[str, Weight]
+    sampling: Sampling
+
+    def as_json(self, chat: ChatModel) -> dict[str, Any]:
+        """The plan on one model, as it is recorded with a turn."""
+        return {
+            "method": self.method,
+            "strength": self.strength,
+            "principle": self.principle,
+            "revision": self.revision,
+            "weights": {key: weight.value for key, weight in self.weights.items()},
+            "candidates": {
+                "temperature": self.sampling.temperature,
+                "top_p": self.sampling.top_p,
+                "top_k": self.sampling.top_k,
+            },
+            "model": chat.name,
+            "model_revision": chat.revision,
+            "dtype": chat.dtype,
+        }
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: ``load_s`` for weights and tokenizer (0 if loaded before), prefill to first token, decoding."""
+
+    load_s: float
+    prefill_s: float
+    decode_s: float
+    ms_per_token: float | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished reply and all that was applied to it."""
+
+    text: str
+    user_id: str
+    model: str
+    plan: Plan
+    finish_reason: str
+    input_tokens: int
+    output_tokens: int
+    timing: Timing
+    notices: tuple[str, ...] = ()
+    conversation_id: str | None = None
+    turn_id: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The reply as ``prefmw chat --json`` prints it."""
+        return {
+            "text": self.text,
+            "user": self.user_id,
+            "model": self.model,
+            "method": self.plan.method,
+            "strength": self.plan.strength,
+            "seed": self.plan.sampling.seed,
+            "finish_reason": self.finish_reason,
+            "usage": {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens},
+            "preferences": {
+                "revision": self.plan.revision,
+                "weights": {key: weight.as_json() for key, weight in self.plan.weights.items()},
+                "principle": self.plan.principle,
+            },
+            "timing": {name: value if value is None else round(value, 4) for name, value in vars(self.timing).items()},
+            "conversation": self.conversation_id,
+            "turn": self.turn_id,
+            "notices": list(self.notices),
+        }
+
+
+def choose_method(profile: Profile, principle: str, asked: str | None, default: str) -> str:
+    """The method of a turn: the call's, else the user's, else the default's, else by the profile.
+
+    By the profile means ``linear`` where there is a principle to follow, else ``none``.
+
+    Raises:
+        UsageError: the one asked for does not exist.
+    """
+    for method in (asked, profile.method, default):
+        if method is not None and check_method(method) != AUTO:
+            return method
+    return "linear" if principle else "none"
+
+
+class Personalizer:
+    """Answers users on one chat model, each as their stored preferences say.
+
+    Args:
+        store: where profiles come from and turns go to.
+        backend: loads the chat model when it is first needed, and returns the same one afterwards.
+        dimensions: the registry that weights are read with.
+        defaults: what applies where neither call nor user says otherwise.
+    """
+
+    def __init__(
+        self, store: PreferenceStore, backend: Callable[[], Backend], dimensions: Dimensions, defaults: Defaults
+    ) -> None:
+        self._store = store
+        self._backend = backend
+        self._dimensions = dimensions
+        self._defaults = defaults
+        self._loaded = False
+
+    def load(self) -> ChatModel:
+        """Load the chat model now rather than at the first reply."""
+        return self._backend().chat
+
+    def plan(self, profile: Profile, options: Options) -> Plan:
+        """How a reply to this person will be steered. Needs no model.
+
+        Raises:
+            UsageError: an option out of range, an unknown method, or a strength that the method does not take.
+        """
+        principle = principle_text(profile, self._dimensions)
+        method = choose_method(profile, principle, options.method, self._defaults.method)
+        strength = options.strength
+        if strength is None:
+            strength = profile.strengths.get(method, self._defaults.strength.get(method))
+        return Plan(
+            method=method,
+            strength=check_strength(method, strength),
+            principle=principle,
+            revision=profile.revision,
+            weights=profile.weights,
+            sampling=self._sampling(options),
+        )
+
+    def stream(
+        self,
+        user_id: str,
+        messages: Sequence[Message],
+        options: Options | None = None,
+        *,
+        conversation_id: str | None = None,
+        log: bool = True,
+    ) -> ReplyStream:
+        """Begin a reply to ``messages``, the whole conversation with a user's message last.
+
+        Everything that can be refused is refused here, before the first token. ``conversation_id`` names the stored
+        conversation that the turn continues; without it a recorded turn begins a new one.
+
+        Raises:
+            UsageError: an unknown user, an option out of range, a prompt beyond the model's context, and so on.
+            StoreError, ModelError, EngineError: the database, the model or the engine failed.
+        """
+        options = options or Options()
+        for message in messages:
+            check_text(message.content, "a message")
+        if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+            raise UsageError(
+                "there is nothing to answer: the conversation ends with a user's message that is not empty"
+            )
+        profile = self._store.profile(user_id)
+        plan = self.plan(profile, options)
+        chat, engine = self._backend()
+        load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
+        notices = []
+        if plan.method != "none" and not plan.principle:
+            notices.append(f"{user_id} has no persona and no weight of 0.15 or more, so the reply is plain")
+        views, combiner = _views(plan, messages, chat)
+        prompt = max(len(view.context) for view in views)
+        room = chat.capacity - prompt
+        if room < 1:
+            raise ContextLengthError(
+                f"the conversation and its instructions take {prompt} tokens, beyond the {chat.capacity} that "
+                f"'{chat.name}' can attend to; shorten the prompt or start a new conversation"
+            )
+        if room < plan.sampling.max_tokens:
+            if options.max_tokens is not None:
+                notices.append(f"max-tokens is cut to {room}, what the model's context of {chat.capacity} leaves")
+            plan = replace(plan, sampling=replace(plan.sampling, max_tokens=room))
+        request = Request(
+            views=views,
+            combiner=combiner,
+            sampling=plan.sampling,
+            strength=plan.strength or 0.0,
+            stop_ids=chat.stop_ids,
+        )
+        draft = Reply(
+            text="",
+            user_id=user_id,
+            model=chat.name,
+            plan=plan,
+            finish_reason="interrupted",
+            input_tokens=prompt,
+            output_tokens=0,
+            timing=Timing(load_s, 0.0, 0.0, None),
+            notices=tuple(notices),
+            conversation_id=conversation_id,
+        )
+
+        def record(reply: Reply, token_ids: Sequence[int]) -> Reply:
+            return self._record(reply, token_ids, messages, chat) if log else reply
+
+        return ReplyStream(engine.submit(request), Detokenizer(chat.tokenizer, options.stop), draft, record)
+
+    def reply(
+        self,
+        user_id: str,
+        messages: Sequence[Message],
+        options: Options | None = None,
+        *,
+        conversation_id: str | None = None,
+        log: bool = True,
+    ) -> Reply:
+        """The whole reply at once; see :meth:`stream`."""
+        with self.stream(user_id, messages, options, conversation_id=conversation_id, log=log) as stream:
+            for _ in stream:
+                pass
+        return stream.reply
+
+    def _sampling(self, options: Options) -> Sampling:
+        def either(name: str) -> Any:
+            asked = getattr(options, name)
+            return getattr(self._defaults, name) if asked is None else asked
+
+        seed = either("seed")
+        return Sampling(
+            temperature=either("temperature"),
+            top_p=either("top_p"),
+            top_k=either("top_k"),
+            max_tokens=either("max_tokens"),
+            seed=secrets.randbelow(2**32) if seed is None else seed,
+        )
+
+    def _record(self, reply: Reply, token_ids: Sequence[int], messages: Sequence[Message], chat: ChatModel) -> Reply:
+        plan = reply.plan.as_json(chat)
+        recorded = self._store.record(
+            Turn(
+                user_id=reply.user_id,
+                conversation_id=reply.conversation_id,
+                system=_system(messages),
+                prompt=messages[-1].content,
+                text=reply.text,
+                finish_reason=reply.finish_reason,
+                plan=plan,
+                plan_hash=hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest(),
+                method=reply.plan.method,
+                strength=reply.plan.strength,
+                revision=reply.plan.revision,
+                model=chat.name,
+                model_revision=chat.revision,
+                seed=reply.plan.sampling.seed,
+                token_ids=tuple(token_ids),
+                input_tokens=reply.input_tokens,
+            )
+        )
+        return replace(reply, conversation_id=recorded.conversation_id, turn_id=recorded.turn_id)
+
+
+class ReplyStream:
+    """A reply in the making: iterate it for pieces of text, then read ``reply``.
+
+    Use it as a context manager. However its block is left, at the end, by ``break``, by Ctrl-C or by an exception of
+    the reader, the engine is freed and the reply, perhaps partial and then marked ``interrupted`` (``error`` where
+    the engine failed), is recorded.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        detokenizer: Detokenizer,
+        draft: Reply,
+        record: Callable[[Reply, Sequence[int]], Reply],
+    ) -> None:
+        self._generation = generation
+        self._detokenizer = detokenizer
+        self._record = record
+        self._ids: list[int] = []
+        self._ended = False
+        self.reply = draft
+        """What is known so far; whole once the stream has ended."""
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self._generation:
+            self._ids.append(token)
+            if piece := self._detokenizer.push(token):
+                yield piece
+            if self._detokenizer.stopped:
+                self._end("stop")
+                return
+        if piece := self._detokenizer.finish():
+            yield piece
+        self._end("stop" if self._detokenizer.stopped else self._generation.finish_reason or "interrupted")
+
+    def __enter__(self) -> ReplyStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._ended:
+            self._detokenizer.finish()
+            self._end("error" if isinstance(error, EngineError) else "interrupted")
+
+    def _end(self, finish_reason: str) -> None:
+        self._ended = True
+        generation = self._generation
+        generation.cancel()
+        for _ in generation:  # what was decoded but not read is dropped; the engine is done with it after this
+            pass
+        steps = len(self._ids) - 1
+        per_token = 1000 * generation.decode_s / steps if steps > 0 else None
+        self.reply = replace(
+            self.reply,
+            text=self._detokenizer.text,
+            finish_reason=finish_reason,
+            output_tokens=len(self._ids),
+            timing=Timing(self.reply.timing.load_s, generation.prefill_s, generation.decode_s, per_token),
+        )
+        self.reply = self._record(self.reply, self._ids)
+
+
+def _views(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> tuple[tuple[View, ...], Combiner]:
+    """The contexts that a method reads the reply in, and how their logits are combined."""
+    without = View(chat.template.encode(messages))
+    if plan.method == "none" or not plan.principle:
+        return (without,), combine_plain
+    with_principle = View(chat.template.encode(_with_principle(messages, plan.principle, chat)))
+    if plan.method == "prompt" or plan.strength == 0:  # at ratio 0 the view without the principle has no say
+        return (with_principle,), combine_plain
+    return (without, with_principle), combine_linear
+
+
+def _with_principle(messages: Sequence[Message], principle: str, chat: ChatModel) -> list[Message]:
+    """The conversation with the principle behind its system prompt, or behind the one the template would write."""
+    system = _system(messages) or chat.template.default_system
+    text = f"{system}\n\n{principle}" if system else principle
+    return [Message("system", text), *(message for message in messages if message.role != "system")]
+
+
+def _system(messages: Sequence[Message]) -> str:
+    return "\n\n".join(message.content for message in messages if message.role == "system" and message.content)

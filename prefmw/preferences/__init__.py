@@ -1,0 +1,43 @@
+"""What a user likes: dimensions, weights, profiles, principle text. Knows no model and no database."""
+
+from prefmw.preferences.dimensions import Dimension, Dimensions, default_dimensions, parse_dimensions
+from prefmw.preferences.methods import AUTO, METHODS, STRENGTHS, check_method, check_strength
+from prefmw.preferences.principle import principle_text
+from prefmw.preferences.profile import (
+    Message,
+    Profile,
+    Revision,
+    Source,
+    Weight,
+    check_persona,
+    check_text,
+    check_user_id,
+)
+from prefmw.preferences.store import UNCHANGED, Conversation, PreferenceStore, Recorded, RecordedTurn, Turn
+
+__all__ = [
+    "AUTO",
+    "METHODS",
+    "STRENGTHS",
+    "UNCHANGED",
+    "Conversation",
+    "Dimension",
+    "Dimensions",
+    "Message",
+    "PreferenceStore",
+    "Profile",
+    "Recorded",
+    "RecordedTurn",
+    "Revision",
+    "Source",
+    "Turn",
+    "Weight",
+    "check_method",
+    "check_persona",
+    "check_strength",
+    "check_text",
+    "check_user_id",
+    "default_dimensions",
+    "parse_dimensions",
+    "principle_text",
+]

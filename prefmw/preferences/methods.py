@@ -1,0 +1,72 @@
+"""Alignment methods by name, and the one dial each of them has: its strength.
+
+It needs no torch, so that preferences are edited without it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from prefmw.errors import UsageError, nearest
+
+AUTO = "auto"
+"""Let the profile decide: see :func:`prefmw.personalizer.choose_method`."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """What a method's strength means: its name in the paper, its default, its closed range and what 0 gives."""
+
+    symbol: str
+    default: float
+    low: float
+    high: float
+    zero: str
+
+
+STRENGTHS: dict[str, Strength | None] = {
+    "none": None,
+    "prompt": None,
+    "linear": Strength("ratio", default=2.0, low=0.0, high=10.0, zero="preference prompting, token for token"),
+    "drift": Strength("gain", default=1.0, low=0.0, high=5.0, zero="the persona sentence alone"),
+    "pad": Strength("beta", default=1.0, low=0.0, high=3.0, zero="prompting under PAD's prefix and candidate rule"),
+    "dpa": None,
+}
+"""The strength of every method that prefmw is designed for; ``None`` where a method takes none."""
+
+METHODS = ("none", "prompt", "linear")
+"""The methods that this version decodes with."""
+
+
+def check_method(method: str) -> str:
+    """Return ``method`` if this version decodes with it, or if it is ``auto``.
+
+    Raises:
+        UsageError: no such method; the message lists what there is.
+    """
+    if method not in METHODS and method != AUTO:
+        raise UsageError(f"this version has no method '{method[:40]}': {nearest(method[:40], [AUTO, *METHODS])}")
+    return method
+
+
+def check_strength(method: str, strength: float | None) -> float | None:
+    """The strength a method runs at: ``strength`` if given, else the method's default, ``None`` if it takes none.
+
+    Raises:
+        UsageError: a strength for a method that takes none, or one outside the method's range (NaN included).
+    """
+    dial = STRENGTHS[method]
+    if dial is None:
+        if strength is not None:
+            takers = ", ".join(name for name in METHODS if STRENGTHS[name])
+            raise UsageError(
+                f"method '{method}' takes no strength; leave it out, or choose a method with one: {takers}"
+            )
+        return None
+    if strength is None:
+        return dial.default
+    if not math.isfinite(strength) or not dial.low <= strength <= dial.high:
+        span = f"[{dial.low:g}, {dial.high:g}]"
+        raise UsageError(f"the strength of '{method}' ({dial.symbol}) lies in {span}, got {strength:g}")
+    return float(strength)

@@ -1,0 +1,133 @@
+"""Small deterministic chat models, made from a seed: random weights, a real tokenizer, a real chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = [
+    "How do I fall asleep faster? Keep the room dark and cool, and put the phone away an hour before bed.",
+    "The person who asked the question is a nurse, your answer needs to take his(her) needs into account.",
+    "Keep the answer short and to the point. Give a long answer with plenty of detail. Be funny and add a joke or two.",
+    "You are a helpful assistant. What should I cook tonight? Try rice with lentils, onions and a squeeze of lemon.",
+] * 4
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+QWEN = (  # ChatML that writes a system prompt of its own where there is none
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    + CHATML
+)
+
+FAMILIES: dict[str, tuple[str, list[str], str, str | None]] = {
+    # name: (template, control tokens, end of turn, beginning of sequence)
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>", None),
+    "qwen": (QWEN, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>", None),
+    "llama3": (
+        LLAMA3,
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "<|eot_id|>",
+        "<|begin_of_text|>",
+    ),
+    "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", "<s>"),
+    "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", "<bos>"),
+}
+
+
+def make_tokenizer(family: str = "chatml") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, or for mistral and gemma one of SentencePiece's kind, with the family's template."""
+    template, control, end_of_turn, bos = FAMILIES[family]
+    if family in {"mistral", "gemma"}:
+        backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        if family == "mistral":
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+            backend.decoder = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            )
+        else:
+            backend.normalizer = normalizers.Replace(" ", "▁")
+            backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", *control, *bytes_], show_progress=False)
+        backend.train_from_iterator([text for text in SENTENCES for text in text.split(". ")], trainer)
+        for token in bytes_:  # bytes are vocabulary, not added tokens
+            assert backend.token_to_id(token) is not None
+        backend = _without_added(backend, set(bytes_))
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=512,
+            special_tokens=control,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=end_of_turn, bos_token=bos, additional_special_tokens=control
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _without_added(backend: Tokenizer, names: set[str]) -> Tokenizer:
+    import json
+
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in names]
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def make_model(vocabulary: int, *, context: int = 512, seed: int = 0) -> LlamaForCausalLM:
+    """A two-layer Llama with random weights, large enough that contexts matter to its logits."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        tie_word_embeddings=False,
+        initializer_range=0.25,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def save_chat_model(folder: Path, family: str = "chatml", *, context: int = 512) -> Path:
+    """A chat model as a folder that transformers loads."""
+    tokenizer = make_tokenizer(family)
+    model = make_model(len(tokenizer), context=context)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
