@@ -21,9 +21,7 @@ def converse(session: Session, chat: ChatModel) -> None:
     _enable_line_editing()
     plan = session.personalizer.plan(session.store.profile(session.user_id), session.options)
     strength = f" {plan.strength:g}" if plan.strength is not None else ""
-    say(
-        f"{chat.name} on {chat.device} in {chat.dtype}, method {plan.method}{strength}; /help, /bye"
-    )
+    say(f"{chat.name} on {chat.device} in {chat.dtype}, method {plan.method}{strength}; /help, /bye")
     while True:
         try:
             line = input(f"{session.user_id}> ").strip()

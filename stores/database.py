@@ -60,7 +60,9 @@ class Database:
                 yield connection
 
     def version(self) -> str | None:
-        """The schema's revision, ``None`` where there is no schema yet. One SELECT."""
+        """The schema's revision, ``None`` where there is no schema or no file yet. One SELECT."""
+        if (file := self._file()) and not file.exists():
+            return None
         with translated(self.name):
             try:
                 with self._engine.connect() as connection:
@@ -116,10 +118,15 @@ class Database:
         # Another process may have made the schema since the version was read.
         return not tables or "alembic_version" in tables
 
-    def _make_folder(self) -> None:
+    def _file(self) -> Path | None:
+        """The file of an SQLite database, where it is one and the URL names it plainly."""
         database = self.url.database
-        if self.is_sqlite and database and database != ":memory:" and not database.startswith("file:"):
-            folder = Path(database).parent
+        plain = self.is_sqlite and database and database != ":memory:" and not database.startswith("file:")
+        return Path(database) if plain and database else None
+
+    def _make_folder(self) -> None:
+        if file := self._file():
+            folder = file.parent
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

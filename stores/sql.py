@@ -48,7 +48,11 @@ class SQLPreferenceStore:
 
     def __init__(self, url: str) -> None:
         self._database = Database(url)
-        self._database.prepare()
+        try:
+            self._database.prepare()
+        except BaseException:
+            self._database.close()
+            raise
 
     def close(self) -> None:
         """Let go of every connection."""

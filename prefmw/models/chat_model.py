@@ -117,10 +117,10 @@ def load_chat_model(spec: ModelSpec) -> ChatModel:
     weights = dict(common, use_safetensors=True)
     if spec.device_map is not None:
         weights["device_map"] = spec.device_map
-    if spec.quantization is not None:
-        weights["quantization_config"] = _quantization(spec.quantization)
     source = _locate(spec)
     try:
+        if spec.quantization is not None:
+            weights["quantization_config"] = _quantization(spec.quantization)
         config = AutoConfig.from_pretrained(source, **common)
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # imports the architecture's code, which is not loading
@@ -185,6 +185,8 @@ def _quantization(config: Mapping[str, Any]) -> Any:
 
     try:
         return AutoQuantizationConfig.from_dict(dict(config))
+    except ImportError:
+        raise  # the package that reads this format, which the caller tells of
     except Exception as error:
         raise UsageError(f"transformers refuses this quantisation config: {_one_line(error)}") from error
 

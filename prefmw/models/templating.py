@@ -150,15 +150,9 @@ class ChatTemplate:
             raise ChatTemplateError(
                 f"the chat template of '{self._name}' refuses this conversation: {reason}"
             ) from error
-        expected = {mark for mark, core in marks.items() if core}
-        pieces: Rendered = []
-        for part in re.split(rf"(x{nonce}n\d+x)", text):
-            if part in expected:
-                expected.discard(part)
-                pieces.append((marks[part], True))
-            elif part:
-                pieces.append((part, False))
-        if expected:
+        parts = [part for part in re.split(rf"(x{nonce}n\d+x)", text) if part]
+        pieces: Rendered = [(marks.get(part, part), part in marks) for part in parts]
+        if sorted(part for part in parts if part in marks) != sorted(mark for mark, core in marks.items() if core):
             raise ChatTemplateError(f"the chat template of '{self._name}' leaves out a message or writes one twice")
         return pieces
 

@@ -1,0 +1,63 @@
+"""What many tests need: no network, a home of their own, a small chat model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("prefmw", deadline=None, derandomize=True)
+settings.load_profile("prefmw")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PREFMW_HOME of the test's own, and no other PREFMW_* variable."""
+    for name in [name for name in os.environ if name.startswith("PREFMW_")]:
+        monkeypatch.delenv(name)
+    folder = tmp_path / "home"
+    monkeypatch.setenv("PREFMW_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small ChatML chat model."""
+    from tests.toymodels import save_chat_model
+
+    return save_chat_model(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture(scope="session")
+def chat_model(toy: Path):
+    """That model, loaded."""
+    from prefmw.models import ModelSpec, load_chat_model
+
+    return load_chat_model(ModelSpec(name=str(toy)))
+
+
+@pytest.fixture(scope="session")
+def backend(chat_model) -> Iterator:
+    """That model with an engine."""
+    from prefmw.decoding import Engine
+    from prefmw.personalizer import Backend
+
+    engine = Engine(chat_model.module, capacity=chat_model.capacity, vocabulary=chat_model.vocabulary)
+    yield Backend(chat_model, engine)
+    engine.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator:
+    """A fresh SQLite store."""
+    from prefmw.stores import SQLPreferenceStore
+
+    store = SQLPreferenceStore(f"sqlite:///{tmp_path / 'prefmw.db'}")
+    yield store
+    store.close()

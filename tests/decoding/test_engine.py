@@ -1,0 +1,272 @@
+"""The engine's contract: token ids in, token ids out, on references that recompute everything for every token."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from prefmw.alignment import Combined, combine_linear, combine_plain, nucleus, restrict, scaled
+from prefmw.decoding import Engine, Request, Sampling, View
+from prefmw.errors import (
+    ContextLengthError,
+    EngineClosedError,
+    EngineError,
+    EngineOverloadedError,
+    UsageError,
+)
+from tests.toymodels import make_model
+
+VOCABULARY = 300
+GREEDY = Sampling(temperature=0.0, top_p=0.8, top_k=None, max_tokens=24, seed=0)
+LONG, SHORT = tuple(range(5, 60)), tuple(range(100, 118))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(VOCABULARY, context=256)
+
+
+@pytest.fixture
+def engine(model):
+    engine = Engine(model, capacity=256, vocabulary=VOCABULARY)
+    yield engine
+    engine.close()
+
+
+def sampling(**changes) -> Sampling:
+    return Sampling(**{**vars(GREEDY), **changes})
+
+
+def decode(engine, *contexts, combiner=combine_plain, sampling=GREEDY, strength=0.0, stop=()):
+    views = tuple(View(context) for context in contexts)
+    generation = engine.submit(Request(views, combiner, sampling, strength, frozenset(stop)))
+    return list(generation), generation.finish_reason
+
+
+@torch.inference_mode()
+def last_logits(model, tokens) -> torch.Tensor:
+    return model(torch.tensor([tokens])).logits[:, -1].float()
+
+
+def naive_linear(model, without, with_principle, *, ratio, top_p, temperature, seed, count) -> list[int]:
+    """Linear Alignment as the authors' code does it: two whole forwards for every token, no cache."""
+    generator, reply = torch.Generator().manual_seed(seed), []
+    for _ in range(count):
+        z0 = last_logits(model, [*without, *reply])
+        z1 = last_logits(model, [*with_principle, *reply])
+        logits = restrict(scaled(z0, z1, ratio), z1, nucleus(z1, top_p, temperature))
+        if temperature == 0:
+            reply.append(int(logits.argmax()))
+        else:
+            p = (logits / temperature).softmax(1)
+            reply.append(int(torch.multinomial(p, 1, generator=generator)))
+    return reply
+
+
+def test_plain_greedy_is_what_generate_gives(model, engine):
+    with torch.inference_mode():
+        whole = model.generate(torch.tensor([LONG]), max_new_tokens=24, do_sample=False, pad_token_id=0)
+    tokens, reason = decode(engine, LONG)
+    assert tokens == whole[0, len(LONG) :].tolist()
+    assert reason == "length"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("contexts", [(SHORT, LONG), (LONG, SHORT)], ids=["padded first", "padded second"])
+def test_linear_alignment_is_what_two_whole_forwards_give(model, engine, contexts, ratio, temperature):
+    how = sampling(temperature=temperature, seed=7)
+    expected = naive_linear(model, *contexts, ratio=ratio, top_p=0.8, temperature=temperature, seed=7, count=24)
+    tokens, _ = decode(engine, *contexts, combiner=combine_linear, sampling=how, strength=ratio)
+    assert tokens == expected
+
+
+def test_zero_ratio_in_two_views_is_preference_prompting_in_one(engine):
+    how = sampling(temperature=0.9, seed=3, max_tokens=60)
+    both, _ = decode(engine, SHORT, LONG, combiner=combine_linear, sampling=how, strength=0.0)
+    alone, _ = decode(engine, LONG, sampling=how)
+    assert both == alone
+
+
+def test_a_positive_ratio_changes_the_reply(engine):
+    steered, _ = decode(engine, SHORT, LONG, combiner=combine_linear, strength=4.0)
+    assert steered != decode(engine, LONG)[0]
+
+
+def test_the_same_seed_gives_the_same_reply_and_another_seed_another(engine):
+    first, _ = decode(engine, LONG, sampling=sampling(temperature=1.0, seed=1))
+    again, _ = decode(engine, LONG, sampling=sampling(temperature=1.0, seed=1))
+    other, _ = decode(engine, LONG, sampling=sampling(temperature=1.0, seed=2))
+    assert first == again != other
+
+
+def test_global_random_state_is_left_alone(engine):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    decode(engine, LONG, sampling=sampling(temperature=1.0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_many_callers_at_once_get_what_each_gets_alone(engine):
+    jobs = [(LONG[i:], SHORT[: i + 4], float(i)) for i in range(8)]
+    alone = [decode(engine, a, b, combiner=combine_linear, strength=s)[0] for a, b, s in jobs]
+    together = [engine.submit(Request((View(a), View(b)), combine_linear, GREEDY, s)) for a, b, s in jobs]
+    assert [list(generation) for generation in together] == alone
+
+
+def test_a_stop_token_ends_the_reply_and_is_not_part_of_it(engine):
+    tokens, _ = decode(engine, LONG)
+    end = tokens[5]
+    stopped, reason = decode(engine, LONG, stop={end})
+    assert stopped == tokens[: tokens.index(end)]
+    assert reason == "stop"
+
+
+def test_top_k_one_is_greedy_whatever_the_temperature(engine):
+    tokens, _ = decode(engine, LONG, sampling=sampling(temperature=2.0, top_k=1))
+    assert tokens == decode(engine, LONG)[0]
+
+
+def test_padded_vocabulary_is_never_sampled(model):
+    engine = Engine(model, capacity=256, vocabulary=20)
+    tokens, _ = decode(engine, LONG, sampling=sampling(temperature=5.0, top_p=1.0, max_tokens=100))
+    engine.close()
+    assert max(tokens) < 20
+
+
+def test_tokens_come_before_the_reply_is_done(engine):
+    generation = engine.submit(Request((View(LONG),), combine_plain, sampling(max_tokens=190)))
+    next(iter(generation))
+    assert generation.finish_reason is None
+    generation.cancel()
+
+
+def test_cancelling_frees_the_engine(engine):
+    with engine.submit(Request((View(LONG),), combine_plain, sampling(max_tokens=190))) as generation:
+        stream = iter(generation)
+        first = [next(stream) for _ in range(3)]
+    rest = list(generation)
+    assert generation.finish_reason == "cancelled"
+    assert len(first) + len(rest) < 190
+    assert decode(engine, LONG)[1] == "length"
+
+
+def test_timing_covers_prefill_and_decoding(engine):
+    generation = engine.submit(Request((View(LONG),), combine_plain, GREEDY))
+    list(generation)
+    assert generation.prefill_s > 0
+    assert generation.decode_s > 0
+
+
+def test_context_and_reply_beyond_the_capacity_are_refused(engine):
+    with pytest.raises(ContextLengthError, match="256"):
+        engine.submit(Request((View(LONG),), combine_plain, sampling(max_tokens=256 - len(LONG) + 1)))
+    engine.submit(Request((View(LONG),), combine_plain, sampling(max_tokens=256 - len(LONG)))).cancel()
+
+
+@pytest.mark.parametrize("views", [(), (View(()),), (View(LONG), View(()))], ids=["no view", "empty", "one empty"])
+def test_requests_without_context_are_refused(engine, views):
+    with pytest.raises(UsageError, match="view"):
+        engine.submit(Request(views, combine_plain, GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", float("nan")),
+        ("top_k", 0),
+        ("max_tokens", 0),
+        ("seed", -1),
+        ("seed", 2**63),
+    ],
+)
+def test_sampling_out_of_range_is_refused(field, value):
+    with pytest.raises(UsageError, match=field.replace("_", "-")):
+        sampling(**{field: value})
+
+
+def test_an_exception_reaches_its_owner_and_nobody_else(engine):
+    def broken(views, strength):
+        raise ValueError("no such thing")
+
+    failing = engine.submit(Request((View(LONG),), broken, GREEDY))
+    sound = engine.submit(Request((View(LONG),), combine_plain, GREEDY))
+    with pytest.raises(EngineError, match="no such thing") as caught:
+        list(failing)
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert len(list(sound)) == 24
+
+
+def test_a_combiner_that_excludes_everything_falls_back_to_the_rule(engine):
+    def nothing(views, strength):
+        return Combined(torch.full_like(views[:, 0], -torch.inf), views[:, 0])
+
+    tokens, _ = decode(engine, LONG, combiner=nothing)
+    assert tokens == decode(engine, LONG)[0]
+
+
+def held(release: threading.Event):
+    """A combiner that waits, so that a test holds the worker."""
+
+    def combiner(views, strength):
+        release.wait(timeout=30)
+        return combine_plain(views, strength)
+
+    return combiner
+
+
+def test_a_full_queue_says_so(model):
+    release = threading.Event()
+    engine = Engine(model, capacity=256, vocabulary=VOCABULARY, queue_size=1)
+    running = engine.submit(Request((View(LONG),), held(release), sampling(max_tokens=1)))
+    while running.started_at is None:
+        time.sleep(0.001)
+    waiting = engine.submit(Request((View(LONG),), combine_plain, GREEDY))
+    with pytest.raises(EngineOverloadedError, match="full"):
+        engine.submit(Request((View(LONG),), combine_plain, GREEDY))
+    release.set()
+    assert len(list(waiting)) == 24
+    engine.close()
+
+
+def test_closing_fails_what_is_in_flight_and_what_waits(model):
+    release = threading.Event()
+    engine = Engine(model, capacity=256, vocabulary=VOCABULARY)
+    running = engine.submit(Request((View(LONG),), held(release), GREEDY))
+    waiting = engine.submit(Request((View(LONG),), combine_plain, GREEDY))
+    threading.Timer(0.1, release.set).start()
+    engine.close()
+    for generation in (running, waiting):
+        with pytest.raises(EngineClosedError):
+            list(generation)
+    with pytest.raises(EngineClosedError):
+        engine.submit(Request((View(LONG),), combine_plain, GREEDY))
+
+
+def test_a_model_without_a_key_value_cache_is_refused_by_name():
+    class Forgetful(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(10, 4)
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def forward(self, input_ids, **_):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 10))
+
+    engine = Engine(Forgetful(), capacity=64, vocabulary=10)
+    with pytest.raises(EngineError, match="Forgetful keeps no key-value cache"):
+        decode(engine, (1, 2, 3))
+    engine.close()

@@ -1,0 +1,261 @@
+"""What every preference store must do; a store's test class inherits this and provides the fixture ``store``."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from prefmw.errors import ConflictError, UnknownConversationError, UnknownUserError, UsageError, UserExistsError
+from prefmw.preferences import Message, PreferenceStore, Source, Turn
+
+PERSONA = "I'm a nurse on night shifts; keep it short — 夜勤 🛌"
+
+
+def turn(user_id: str = "alice", conversation_id: str | None = None, **changes) -> Turn:
+    values = {
+        "user_id": user_id,
+        "conversation_id": conversation_id,
+        "system": "",
+        "prompt": "How do I fall asleep faster?",
+        "text": "Keep the room dark.",
+        "finish_reason": "stop",
+        "plan": {"method": "linear", "weights": {"humor": 1.0}, "candidates": {"top_k": None}},
+        "plan_hash": "0" * 64,
+        "method": "linear",
+        "strength": 2.0,
+        "revision": 1,
+        "model": "toy",
+        "model_revision": "abc",
+        "seed": 2**63 - 1,
+        "token_ids": (1, 2, 3),
+        "input_tokens": 12,
+    }
+    return Turn(**{**values, **changes})
+
+
+def effective(profile) -> dict[str, tuple[float, str]]:
+    return {key: (weight.value, weight.source.name) for key, weight in profile.weights.items()}
+
+
+class StoreConformance:
+    """The claims."""
+
+    # Users
+
+    def test_a_user_comes_back_as_added(self, store: PreferenceStore):
+        store.add_user("alice", persona=PERSONA, method="linear", strengths={"linear": 3.0}, actor="test")
+        profile = store.profile("alice")
+        assert (profile.user_id, profile.persona, profile.method) == ("alice", PERSONA, "linear")
+        assert (dict(profile.strengths), profile.revision, profile.weights) == ({"linear": 3.0}, 1, {})
+
+    def test_a_taken_id_is_refused_and_the_first_user_stays(self, store):
+        store.add_user("alice", persona="first", actor="test")
+        with pytest.raises(UserExistsError):
+            store.add_user("alice", persona="second", actor="test")
+        assert store.profile("alice").persona == "first"
+
+    def test_ids_that_differ_in_case_are_different_users(self, store):
+        store.add_user("alice", persona="small", actor="test")
+        store.add_user("Alice", persona="large", actor="test")
+        assert store.profile("alice").persona == "small"
+
+    @pytest.mark.parametrize(
+        "user_id", ["", "  ", "a\nb", " alice", "x" * 300, "tab\there", "nul\0", "e\u0301", "\udc80"]
+    )
+    def test_an_id_that_is_none_is_refused(self, store, user_id):
+        with pytest.raises(UsageError):
+            store.add_user(user_id, actor="test")
+
+    @pytest.mark.parametrize(
+        "user_id", ["a", "alice@example.org", "名前", "with space", "'; DROP TABLE users; --", "x" * 128]
+    )
+    def test_an_odd_but_sound_id_is_taken(self, store, user_id):
+        store.add_user(user_id, actor="test")
+        assert [profile.user_id for profile in store.users()] == [user_id]
+
+    @pytest.mark.parametrize("persona", ["x" * 1_000_000, "nul \0 inside", "\udcff"])
+    def test_a_persona_that_no_store_holds_is_refused(self, store, persona):
+        with pytest.raises(UsageError):
+            store.add_user("alice", persona=persona, actor="test")
+        assert list(store.users()) == []
+
+    def test_users_come_in_order_each_with_their_own_weights(self, store):
+        for name in ("carol", "alice", "bob"):
+            store.add_user(name, actor="test")
+        store.set_weights("bob", {"humor": 1.0, "verbosity": -1.0}, source=Source.user, actor="test")
+        assert [(p.user_id, sorted(p.weights)) for p in store.users()] == [
+            ("alice", []),
+            ("bob", ["humor", "verbosity"]),
+            ("carol", []),
+        ]
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda s: s.profile("nobody"),
+            lambda s: s.edit_user("nobody", persona="x", actor="test"),
+            lambda s: s.set_weights("nobody", {"humor": 1.0}, source=Source.user, actor="test"),
+            lambda s: s.unset_weights("nobody", ["humor"], source=Source.user, actor="test"),
+            lambda s: s.revisions("nobody"),
+            lambda s: s.record(turn("nobody")),
+            lambda s: s.conversation("nobody", "latest"),
+        ],
+    )
+    def test_an_unknown_user_is_an_error_everywhere(self, store, call):
+        store.add_user("alice", actor="test")
+        with pytest.raises(UnknownUserError, match="nobody"):
+            call(store)
+
+    # Editing and revisions
+
+    def test_an_edit_changes_what_is_given_and_nothing_else(self, store):
+        store.add_user("alice", persona=PERSONA, method="linear", strengths={"linear": 3.0}, actor="test")
+        after = store.edit_user("alice", persona="new", actor="test")
+        assert after == store.profile("alice")
+        assert (after.persona, after.method, dict(after.strengths)) == ("new", "linear", {"linear": 3.0})
+        assert store.edit_user("alice", method=None, actor="test").method is None
+
+    def test_every_change_makes_the_next_revision_with_who_when_why_and_what(self, store):
+        store.add_user("alice", persona="a", actor="admin", reason="new here")
+        store.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="alice", reason="likes jokes")
+        store.edit_user("alice", persona="b", actor="admin")
+        store.unset_weights("alice", ["humor"], source=Source.user, actor="alice")
+        first, second, third, fourth = store.revisions("alice")
+        assert [revision.number for revision in (first, second, third, fourth)] == [1, 2, 3, 4]
+        assert (first.actor, first.reason, first.change) == ("admin", "new here", {"persona": ["", "a"]})
+        assert second.change == {"weight.humor.user": [None, [0.5, 1.0]]}
+        assert third.change == {"persona": ["a", "b"]}
+        assert fourth.change == {"weight.humor.user": [[0.5, 1.0], None]}
+        assert first.created_at <= fourth.created_at
+        assert first.created_at.tzinfo is not None
+
+    def test_a_change_of_nothing_makes_no_revision(self, store):
+        store.add_user("alice", persona="a", actor="test")
+        store.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="test")
+        before = store.profile("alice")
+        store.edit_user("alice", persona="a", actor="test")
+        store.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="test")
+        store.unset_weights("alice", ["verbosity"], source=Source.user, actor="test")
+        assert store.profile("alice") == before
+
+    def test_a_change_of_an_outdated_profile_is_refused(self, store):
+        store.add_user("alice", persona="a", actor="test")
+        store.edit_user("alice", persona="b", actor="test", expected_revision=1)
+        for change in (
+            lambda: store.edit_user("alice", persona="c", actor="test", expected_revision=1),
+            lambda: store.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="t", expected_revision=1),
+            lambda: store.unset_weights("alice", ["humor"], source=Source.user, actor="t", expected_revision=1),
+        ):
+            with pytest.raises(ConflictError, match="revision 2"):
+                change()
+        assert store.profile("alice").persona == "b"
+
+    # Weights in layers
+
+    def test_the_strongest_source_is_in_effect_and_unset_uncovers_the_next(self, store):
+        store.add_user("alice", actor="test")
+        for source, value in zip(Source, (0.1, 0.2, 0.3, 0.4), strict=True):
+            store.set_weights("alice", {"humor": value}, source=source, actor="test")
+        assert effective(store.profile("alice")) == {"humor": (0.4, "admin")}
+        for source, left in zip(reversed(Source), ("user", "learned", "inferred"), strict=False):
+            store.unset_weights("alice", ["humor"], source=source, actor="test")
+            assert effective(store.profile("alice"))["humor"][1] == left
+        store.unset_weights("alice", ["humor"], source=Source.inferred, actor="test")
+        assert store.profile("alice").weights == {}
+
+    def test_a_weaker_source_never_overwrites_a_stronger_one(self, store):
+        store.add_user("alice", actor="test")
+        store.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
+        store.set_weights("alice", {"humor": -1.0}, source=Source.inferred, confidence=0.5, actor="test")
+        assert effective(store.profile("alice")) == {"humor": (1.0, "user")}
+
+    def test_setting_one_dimension_leaves_the_others(self, store):
+        store.add_user("alice", actor="test")
+        store.set_weights("alice", {"humor": 1.0, "verbosity": -0.5}, source=Source.user, actor="test")
+        store.set_weights("alice", {"humor": 0.0}, source=Source.user, actor="test")
+        assert effective(store.profile("alice")) == {"humor": (0.0, "user"), "verbosity": (-0.5, "user")}
+
+    def test_one_user_s_change_leaves_another_as_they_were(self, store):
+        store.add_user("alice", actor="test")
+        store.add_user("bob", persona="b", actor="test")
+        before = store.profile("bob")
+        store.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
+        store.unset_weights("bob", ["verbosity"], source=Source.user, actor="test")
+        assert store.profile("bob") == before
+
+    def test_writers_at_once_lose_no_update(self, store):
+        store.add_user("alice", actor="test")
+        failures: list[BaseException] = []
+
+        def write(index: int) -> None:
+            try:
+                for step in range(5):
+                    store.set_weights("alice", {f"d{index}": step / 10 + 0.1}, source=Source.user, actor=f"w{index}")
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=write, args=(index,)) for index in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        assert effective(store.profile("alice")) == {f"d{index}": (0.5, "user") for index in range(8)}
+        assert [revision.number for revision in store.revisions("alice")] == list(range(1, 42))
+
+    # Conversations
+
+    def test_a_turn_comes_back_as_recorded(self, store):
+        store.add_user("alice", actor="test")
+        recorded = store.record(turn(system="Be kind.", text="smile 🙂"))
+        (back,) = store.turns("alice", recorded.conversation_id)
+        expected = turn(system="Be kind.", text="smile 🙂", conversation_id=recorded.conversation_id)
+        assert {name: getattr(back, name) for name in vars(expected)} == vars(expected)
+        assert (back.id, back.output_tokens) == (recorded.turn_id, 3)
+        assert back.created_at.tzinfo is not None
+
+    def test_turns_follow_each_other_in_a_conversation(self, store):
+        store.add_user("alice", actor="test")
+        first = store.record(turn(prompt="one?", text="one."))
+        second = store.record(turn(prompt="two?", text="two.", conversation_id=first.conversation_id, system="s"))
+        assert first.conversation_id == second.conversation_id
+        conversation = store.conversation("alice", first.conversation_id)
+        assert conversation.system == "s"
+        assert conversation.messages == (
+            Message("user", "one?"),
+            Message("assistant", "one."),
+            Message("user", "two?"),
+            Message("assistant", "two."),
+        )
+
+    def test_the_latest_conversation_is_the_one_last_spoken_in(self, store):
+        store.add_user("alice", actor="test")
+        first = store.record(turn())
+        second = store.record(turn())
+        assert store.conversation("alice", "latest").id == second.conversation_id
+        store.record(turn(conversation_id=first.conversation_id))
+        assert store.conversation("alice", "latest").id == first.conversation_id
+
+    def test_a_user_without_conversations_has_no_latest(self, store):
+        store.add_user("alice", actor="test")
+        with pytest.raises(UnknownConversationError, match="no conversation yet"):
+            store.conversation("alice", "latest")
+
+    def test_nobody_reads_or_continues_another_s_conversation(self, store):
+        store.add_user("alice", actor="test")
+        store.add_user("mallory", actor="test")
+        hers = store.record(turn("alice")).conversation_id
+        for call in (
+            lambda: store.conversation("mallory", hers),
+            lambda: store.turns("mallory", hers),
+            lambda: store.record(turn("mallory", hers)),
+        ):
+            with pytest.raises(UnknownConversationError):
+                call()
+        assert len(store.turns("alice", hers)) == 1
+
+    def test_a_nul_that_a_model_emits_does_not_lose_the_turn(self, store):
+        store.add_user("alice", actor="test")
+        recorded = store.record(turn(text="a\0b"))
+        assert store.turns("alice", recorded.conversation_id)[0].text == "a\ufffdb"

@@ -1,0 +1,22 @@
+"""The schema in code and the one that the migrations make are one."""
+
+from __future__ import annotations
+
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from prefmw.stores.schema import HEAD, metadata
+
+
+def test_migrations_make_the_schema_that_the_code_uses(store):
+    with store._database.reading() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+
+
+def test_head_is_the_newest_migration():
+    config = Config()
+    config.set_main_option("script_location", "prefmw.stores:migrations")
+    assert ScriptDirectory.from_config(config).get_heads() == [HEAD]

@@ -1,0 +1,190 @@
+"""The SQL store on SQLite: conformance, durability settings, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event
+
+from prefmw.errors import SchemaVersionError, StoreError, StoreLockedError, UsageError
+from prefmw.preferences import Source
+from prefmw.stores import SQLPreferenceStore, database
+from tests.stores.conformance import StoreConformance, turn
+
+
+class TestSQLite(StoreConformance):
+    """Everything a store must do."""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "prefmw.db"
+
+
+def reopened(file: Path) -> SQLPreferenceStore:
+    return SQLPreferenceStore(f"sqlite:///{file}")
+
+
+def test_connections_are_durable_and_overwrite_what_is_deleted(store):
+    with store._database.reading() as connection:
+        values = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
+        }
+    assert values == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "secure_delete": 1}
+
+
+def test_rows_are_what_the_schema_says(store, file):
+    store.add_user("alice", persona="p", actor="test")
+    store.set_weights("alice", {"humor": 0.5}, source=Source.inferred, confidence=0.7, actor="test")
+    store.record(turn())
+    with sqlite3.connect(file) as raw:
+        assert raw.execute("SELECT id, persona, revision FROM users").fetchall() == [("alice", "p", 2)]
+        assert raw.execute("SELECT user_id, dimension, source, value, confidence FROM weights").fetchall() == [
+            ("alice", "humor", "inferred", 0.5, 0.7)
+        ]
+        assert raw.execute("SELECT method, revision, seed, input_tokens, output_tokens FROM turns").fetchall() == [
+            ("linear", 1, 2**63 - 1, 12, 3)
+        ]
+
+
+def test_deleting_a_user_s_row_takes_all_that_hangs_on_it(store):
+    store.add_user("alice", actor="test")
+    store.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="test")
+    store.record(turn())
+    with store._database.writing() as connection:
+        connection.exec_driver_sql("DELETE FROM users")
+        for table in ("weights", "revisions", "conversations", "turns"):
+            assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() == 0
+
+
+def test_a_fresh_file_gets_its_schema_and_its_folder(tmp_path):
+    file = tmp_path / "deep" / "er" / "p.db"
+    reopened(file).close()
+    assert file.exists()
+
+
+def test_what_is_acknowledged_survives_kill(file):
+    script = f"""
+from prefmw.stores import SQLPreferenceStore
+from prefmw.preferences import Source
+import os, signal
+store = SQLPreferenceStore("sqlite:///{file}")
+store.add_user("alice", actor="test")
+for step in range(30):
+    store.set_weights("alice", {{"humor": step / 100}}, source=Source.user, actor="test")
+    print(step, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    acknowledged = result.stdout.split()
+    assert (result.returncode, acknowledged[-1]) == (-9, "29")
+    assert reopened(file).profile("alice").weights["humor"].value == 0.29
+
+
+def test_processes_that_open_a_fresh_file_at_once_all_succeed(file):
+    script = f"from prefmw.stores import SQLPreferenceStore; SQLPreferenceStore('sqlite:///{file}').close()"
+    running = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) for _ in range(4)]
+    outcomes = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
+    assert outcomes == [(b"", 0)] * 4
+
+
+def test_a_locked_database_is_told_and_nothing_is_written(store, file, monkeypatch):
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 50)
+    store.close()  # the next connection takes the shorter timeout
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreLockedError, match="locked by another process"):
+        store.add_user("alice", actor="test")
+    other.execute("ROLLBACK")
+    assert list(store.users()) == []
+    other.close()
+
+
+def test_a_reader_does_not_wait_for_a_writer(store, file):
+    store.add_user("alice", actor="test")
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert store.profile("alice").revision == 1
+    other.close()
+
+
+def test_a_read_only_database_is_told(store, file):
+    store.add_user("alice", actor="test")
+    store.close()
+    read_only = SQLPreferenceStore(f"sqlite:///file:{file}?mode=ro&uri=true")
+    assert read_only.profile("alice").revision == 1
+    with pytest.raises(StoreError, match="read-only"):
+        read_only.edit_user("alice", persona="x", actor="test")
+    read_only.close()
+
+
+def test_a_full_disk_is_told_and_the_change_is_undone(store):
+    store.add_user("alice", persona="before", actor="test")
+
+    def limit(connection, *_):
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    store.close()
+    event.listen(store._database._engine, "connect", limit)
+    with pytest.raises(StoreError, match="disk is full"):
+        for _ in range(1000):
+            store.record(turn(text="x" * 4000))
+    before = store.profile("alice")
+    with pytest.raises(StoreError, match="disk is full"):
+        for step in range(1000):
+            before = store.profile("alice")
+            store.edit_user("alice", persona=f"{step}" + "x" * 3000, actor="test")
+    assert store.profile("alice") == before
+
+
+@pytest.mark.parametrize("content", [b"not a database, whatever its name says" * 50, b"\x00" * 4096])
+def test_a_file_that_is_no_database_is_told_and_left_alone(file, content):
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match="not an SQLite database|has no prefmw schema"):
+        reopened(file)
+    assert file.read_bytes() == content
+
+
+def test_another_program_s_database_is_left_alone(file):
+    with sqlite3.connect(file) as other:
+        other.execute("CREATE TABLE theirs (id INTEGER)")
+    with pytest.raises(SchemaVersionError, match="no prefmw schema"):
+        reopened(file)
+
+
+def test_a_database_of_a_newer_schema_is_refused(store, file):
+    with store._database.writing() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    for call in (lambda: reopened(file), store._database.upgrade):
+        with pytest.raises(SchemaVersionError, match="9999, newer"):
+            call()
+
+
+def test_a_database_of_an_older_schema_asks_for_the_upgrade(store, file):
+    with store._database.writing() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0000'")
+    with pytest.raises(SchemaVersionError, match="prefmw db upgrade"):
+        reopened(file)
+
+
+@pytest.mark.parametrize("url", ["sqlite:////proc/nowhere/p.db", "sqlite:////dev/null/p.db"])
+def test_a_place_where_no_file_can_be_is_told(url):
+    with pytest.raises((UsageError, StoreError), match="cannot be"):
+        SQLPreferenceStore(url)
+
+
+def test_a_folder_is_no_database(tmp_path):
+    with pytest.raises(StoreError, match="cannot be opened"):
+        SQLPreferenceStore(f"sqlite:///{tmp_path}")
+
+
+@pytest.mark.parametrize("url", ["nonsense://x", "mysql+nothing://x", "://"])
+def test_an_unknown_kind_of_database_is_told(url):
+    with pytest.raises(UsageError, match="postgresql"):
+        SQLPreferenceStore(url)
