@@ -146,8 +146,8 @@ def _answer(session: Session, question: str, json: bool) -> None:
     try:
         reply = session.ask(question, show=not json)
     except KeyboardInterrupt:
-        kept = ", kept and marked so" if session.log else ""
-        say(f"\ninterrupted: the reply so far is partial{kept}")
+        kept = "; the reply so far is kept, marked so" if session.log else ""
+        say(f"prefmw: interrupted{kept}", after_reply=not json)
         raise typer.Exit(130) from None
     for notice in reply.notices:
         say(f"note: {notice}")

@@ -55,7 +55,7 @@ def run(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except typer.TyperException as error:
         if error.format_message():
-            say(f"prefmw: {error.format_message()} (see --help)")
+            say(f"prefmw: {error.format_message()}; see --help")
         return error.exit_code
     except typer.Abort:
         return 130

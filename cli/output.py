@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from prefmw.preferences import Dimensions, Profile, principle_text
 
 
-def say(text: str) -> None:
-    """One line for the person, on stderr."""
+def say(text: str, *, after_reply: bool = False) -> None:
+    """One line for the person, on stderr; on a line of its own where a reply was cut off."""
+    if after_reply:
+        print(file=sys.stderr)
     print(printable(" ".join(text.splitlines())), file=sys.stderr, flush=True)
 
 
@@ -49,7 +51,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell).replace("\n", " ")) for cell in row))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def shorten(text: str, width: int = 60) -> str:
@@ -106,8 +108,3 @@ def _origin(profile: Profile, key: str) -> str:
     layers = sorted((layer for layer in profile.layers if layer.dimension == key), key=lambda layer: -layer.source)
     beneath = ", ".join(f"{layer.source.name} {layer.value:+.2f}" for layer in layers[1:])
     return layers[0].source.name + (f" (over {beneath})" if beneath else "")
-
-
-def timing_line(values: Mapping[str, Any]) -> str:
-    """A reply's facts on one dim line: method, tokens, speed."""
-    return " · ".join(f"{key} {value}" for key, value in values.items())

@@ -40,7 +40,7 @@ def converse(session: Session, chat: ChatModel) -> None:
                 for notice in session.ask(line).notices:
                     say(f"note: {notice}")
         except KeyboardInterrupt:
-            say("\n(stopped; the reply so far is kept)" if session.log else "\n(stopped)")
+            say("(stopped; the reply so far is kept)" if session.log else "(stopped)", after_reply=True)
         except PrefmwError as error:
             say(f"{error}")
 

@@ -1,0 +1,135 @@
+"""ChatPrefMW: a LangChain chat model for a user id."""
+
+from __future__ import annotations
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+
+from prefmw.adapters.langchain import ChatPrefMW
+from prefmw.bootstrap import close_engines, open_store
+from prefmw.errors import UnknownUserError, UsageError
+from prefmw.preferences import Source
+from prefmw.settings import load_settings
+
+QUESTION = "How do I fall asleep faster?"
+
+
+@pytest.fixture
+def people():
+    store = open_store(load_settings())
+    store.add_user("alice", persona="a nurse on night shifts", actor="test")
+    store.add_user("bob", persona="a cook", actor="test")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def chat(toy, people):
+    yield ChatPrefMW(model=str(toy), method="linear", max_tokens=24, seed=1)
+    close_engines()
+
+
+def test_a_reply_is_for_the_user_of_the_call(chat):
+    alice, bob = (chat.invoke(QUESTION, user_id=user) for user in ("alice", "bob"))
+    assert alice.content != bob.content
+    assert chat.invoke(QUESTION, user_id="alice").content == alice.content
+    assert [m.response_metadata["prefmw"]["user"] for m in (alice, bob)] == ["alice", "bob"]
+
+
+def test_a_reply_says_what_was_applied(chat, people):
+    people.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="test")
+    reply = chat.invoke(QUESTION, user_id="alice")
+    assert reply.response_metadata["finish_reason"] == "length"
+    assert reply.response_metadata["model_name"] == chat.model
+    assert reply.response_metadata["prefmw"] == {
+        "user": "alice",
+        "revision": 2,
+        "method": "linear",
+        "strength": 2.0,
+        "weights": {"humor": 0.5},
+        "seed": 1,
+    }
+    assert reply.usage_metadata["output_tokens"] == 24
+
+
+def test_streamed_chunks_add_up_to_the_reply(chat):
+    chunks = list(chat.stream(QUESTION, user_id="alice"))
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    plain = chat.invoke(QUESTION, user_id="alice")
+    assert len(chunks) > 3
+    assert whole.content == plain.content
+    assert whole.usage_metadata == plain.usage_metadata
+    assert whole.response_metadata["prefmw"] == plain.response_metadata["prefmw"]
+    assert chunks[-1].chunk_position == "last"
+
+
+def test_it_stands_in_a_chain(chat):
+    prompt = ChatPromptTemplate.from_messages([("system", "Be kind."), ("human", "{question}")])
+    chain = prompt | chat.bind(user_id="alice") | StrOutputParser()
+    assert chain.invoke({"question": QUESTION})
+
+
+def test_the_user_may_belong_to_the_object(toy, people):
+    chat = ChatPrefMW(model=str(toy), user_id="bob", max_tokens=4)
+    assert chat.invoke(QUESTION).response_metadata["prefmw"]["user"] == "bob"
+    assert chat.invoke(QUESTION, user_id="alice").response_metadata["prefmw"]["user"] == "alice"
+
+
+def test_options_of_a_call_win(chat):
+    reply = chat.invoke(QUESTION, user_id="alice", method="none", max_tokens=3)
+    assert reply.response_metadata["prefmw"]["method"] == "none"
+    assert reply.usage_metadata["output_tokens"] == 3
+
+
+def test_history_system_prompt_and_content_blocks_are_read(chat):
+    short = chat.invoke([HumanMessage(QUESTION)], user_id="alice")
+    blocks = HumanMessage([{"type": "text", "text": "How do I fall "}, {"type": "text", "text": "asleep faster?"}])
+    assert chat.invoke([blocks], user_id="alice").content == short.content
+    long = [SystemMessage("Be kind."), HumanMessage("Hi."), AIMessage("Hello."), blocks]
+    assert chat.invoke(long, user_id="alice").usage_metadata["input_tokens"] > short.usage_metadata["input_tokens"]
+
+
+def test_stop_strings_end_the_reply(chat):
+    whole = chat.invoke(QUESTION, user_id="alice").content
+    assert chat.invoke(QUESTION, user_id="alice", stop=[whole[10:12]]).content == whole.split(whole[10:12])[0]
+
+
+def test_a_global_cache_keeps_nothing_of_one_user_for_another(chat, people):
+    from langchain_core.caches import InMemoryCache
+    from langchain_core.globals import set_llm_cache
+
+    set_llm_cache(InMemoryCache())
+    try:
+        before = chat.invoke(QUESTION, user_id="alice")
+        assert chat.invoke(QUESTION, user_id="bob").content != before.content
+        people.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
+        assert chat.invoke(QUESTION, user_id="alice").response_metadata["prefmw"]["revision"] == 2
+    finally:
+        set_llm_cache(None)
+
+
+def test_building_the_object_is_free():
+    ChatPrefMW(model="no-such-model", user_id="nobody")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"input": QUESTION}, UsageError, "user_id"),
+        ({"input": QUESTION, "user_id": "carol"}, UnknownUserError, "carol"),
+        ({"input": QUESTION, "user_id": "alice", "nonsense": 1}, UsageError, "nonsense"),
+        ({"input": [ToolMessage("x", tool_call_id="1")], "user_id": "alice"}, UsageError, "ToolMessage"),
+        (
+            {"input": [HumanMessage([{"type": "image_url", "image_url": "http://x"}])], "user_id": "alice"},
+            UsageError,
+            "image_url",
+        ),
+    ],
+)
+def test_mistakes_are_told(chat, call, error, message):
+    with pytest.raises(error, match=message):
+        chat.invoke(**call)

@@ -1,0 +1,375 @@
+"""Every command, in process: what it prints, what it stores, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from prefmw.cli.main import app, run
+
+PERSONA = "I'm a nurse on night shifts; keep it short"
+QUESTION = "How do I fall asleep faster?"
+
+
+class Closed:
+    """A stdin that holds nothing, as under cron."""
+
+    def isatty(self) -> bool:
+        return False
+
+    def read(self) -> str:
+        return ""
+
+
+@pytest.fixture(autouse=True)
+def stdin(monkeypatch):
+    monkeypatch.setattr("sys.stdin", Closed())
+
+
+@pytest.fixture
+def prefmw(capsys):
+    """Run a command; give back exit code, stdout and stderr."""
+
+    def call(*arguments: str):
+        code = run(list(arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def ok(prefmw):
+    """Run a command that must succeed; give back its JSON."""
+
+    def call(*arguments: str):
+        code, out, err = prefmw(*arguments, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    return call
+
+
+@pytest.fixture
+def alice(ok):
+    return ok("users", "add", "alice", "--persona", PERSONA)
+
+
+@pytest.fixture
+def chat(ok, toy, alice):
+    def call(*arguments: str):
+        return ok("chat", QUESTION, "-u", "alice", "-m", str(toy), "--max-tokens", "24", *arguments)
+
+    return call
+
+
+# Users and preferences
+
+
+def test_users_are_added_shown_edited_and_listed(ok, alice):
+    assert (alice["user"], alice["persona"], alice["revision"], alice["method"]) == ("alice", PERSONA, 1, None)
+    edited = ok("users", "edit", "alice", "--method", "linear", "--strength", "3", "--persona", "")
+    assert (edited["persona"], edited["method"], edited["strengths"]["linear"]) == ("", "linear", 3.0)
+    assert ok("users", "edit", "alice", "--method", "auto")["method"] is None
+    assert ok("users", "show", "alice")["revision"] == 3
+    ok("users", "add", "bob")
+    assert [user["user"] for user in ok("users", "list")] == ["alice", "bob"]
+
+
+def test_an_edit_of_nothing_new_says_so(prefmw, alice):
+    assert "unchanged" in prefmw("users", "edit", "alice", "--persona", PERSONA)[2]
+
+
+def test_weights_are_set_shown_and_unset(ok, alice):
+    shown = ok("prefs", "set", "alice", "verbosity=-0.6", "humor=1")
+    assert shown["weights"] == {
+        "verbosity": {"value": -0.6, "source": "user", "confidence": 1.0},
+        "humor": {"value": 1.0, "source": "user", "confidence": 1.0},
+    }
+    assert shown["principle"].endswith("Be funny and add a joke or two. Keep the answer short and to the point.")
+    assert set(shown) == {"user", "persona", "revision", "weights", "principle", "method", "strengths", "direction"}
+    assert shown == ok("prefs", "show", "alice")
+    assert set(ok("prefs", "unset", "alice", "humor")["weights"]) == {"verbosity"}
+
+
+def test_an_admin_s_weight_covers_the_user_s(ok, prefmw, alice):
+    ok("prefs", "set", "alice", "humor=1")
+    assert ok("prefs", "set", "alice", "humor=-1", "--as-admin")["weights"]["humor"]["source"] == "admin"
+    code, out, err = prefmw("prefs", "unset", "alice", "humor", "--as-admin")
+    assert (code, err) == (0, "humor is now +1, from user\n")
+
+
+def test_a_person_reads_weights_as_bars(prefmw, ok, alice):
+    ok("prefs", "set", "alice", "verbosity=-0.6")
+    ok("prefs", "set", "alice", "verbosity=0.3", "--as-admin")
+    _, out, _ = prefmw("prefs", "show", "alice")
+    assert re.search(r"verbosity +\+0\.30  ··········\|███·······  detailed +admin \(over user -0\.60\)", out)
+
+
+def test_revisions_say_who_and_why(ok, alice):
+    from prefmw.bootstrap import open_store
+    from prefmw.settings import load_settings
+
+    ok("prefs", "set", "alice", "humor=1", "--reason", "asked for jokes")
+    store = open_store(load_settings())
+    _, last = store.revisions("alice")
+    store.close()
+    assert last.actor.startswith("cli")
+    assert last.reason == "asked for jokes"
+
+
+def test_no_stored_text_drives_the_terminal(prefmw, ok):
+    ok("users", "add", "eve", "--persona", "\x1b[2J\x1b]0;owned\x07[bold]x[/bold]")
+    for command in (["users", "list"], ["users", "show", "eve"]):
+        _, out, _ = prefmw(*command)
+        assert "\x1b" not in out
+        assert "[bold]x[/bold]" in out
+
+
+def test_an_empty_list_says_what_to_do(prefmw):
+    assert prefmw("users", "list") == (0, "", 'no users yet; add one with: prefmw users add ID --persona "..."\n')
+
+
+def test_a_database_by_flag_is_another_database(ok, prefmw, tmp_path):
+    ok("users", "add", "bob", "-d", str(tmp_path / "other.db"))
+    assert prefmw("users", "show", "bob")[0] == 2
+    assert ok("users", "list", "-d", f"sqlite:///{tmp_path}/other.db")[0]["user"] == "bob"
+
+
+def test_the_schema_is_upgraded_and_told(ok, home):
+    assert ok("db", "current") == {"database": f"sqlite:///{home}/prefmw.db", "schema": None, "expected": "0001"}
+    assert ok("db", "upgrade")["before"] is None
+    assert ok("db", "upgrade")["before"] == "0001"
+    assert ok("db", "current")["schema"] == "0001"
+
+
+def test_models_at_hand_are_listed(ok, monkeypatch, toy, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    (tiny,) = ok("models", "list")
+    assert (tiny["name"], tiny["kind"], tiny["default"]) == ("tiny", "embedded", True)
+
+
+# Chat
+
+
+def test_the_same_seed_gives_the_same_text_and_zero_strength_is_prompting(chat):
+    first = chat("--method", "linear", "--seed", "1")
+    assert chat("--method", "linear", "--seed", "1")["text"] == first["text"]
+    zero = chat("--method", "linear", "--seed", "1", "--strength", "0")
+    prompt = chat("--method", "prompt", "--seed", "1")
+    assert zero["text"] == prompt["text"] != first["text"]
+
+
+def test_json_says_all_that_was_applied(chat, ok, toy):
+    ok("prefs", "set", "alice", "humor=0.5")
+    reply = chat("--seed", "7")
+    assert (reply["user"], reply["model"], reply["method"], reply["strength"], reply["seed"]) == (
+        "alice",
+        str(toy),
+        "linear",
+        2.0,
+        7,
+    )
+    assert set(reply["usage"]) == {"input_tokens", "output_tokens"}
+    assert reply["finish_reason"] in {"stop", "length"}
+    assert reply["preferences"]["revision"] == 2
+    assert reply["preferences"]["weights"] == {"humor": {"value": 0.5, "source": "user", "confidence": 1.0}}
+    assert PERSONA in reply["preferences"]["principle"]
+    assert set(reply["timing"]) == {"load_s", "prefill_s", "decode_s", "ms_per_token"}
+
+
+def test_the_turn_is_stored(chat, home):
+    import sqlite3
+
+    reply = chat("--method", "linear", "--seed", "1")
+    with sqlite3.connect(home / "prefmw.db") as database:
+        row = database.execute("SELECT method, revision, seed, input_tokens, output_tokens, text FROM turns").fetchone()
+    usage = reply["usage"]
+    assert row == ("linear", 1, 1, usage["input_tokens"], usage["output_tokens"], reply["text"])
+
+
+def test_no_log_stores_nothing(chat, home):
+    import sqlite3
+
+    assert chat("-n")["turn"] is None
+    with sqlite3.connect(home / "prefmw.db") as database:
+        assert database.execute("SELECT count(*) FROM turns").fetchone() == (0,)
+
+
+def test_a_conversation_is_continued_with_its_system_prompt(chat):
+    first = chat("--seed", "1", "-s", "Be kind.")
+    second = chat("--seed", "1", "-c")
+    assert second["conversation"] == first["conversation"]
+    assert second["usage"]["input_tokens"] > first["usage"]["input_tokens"]
+    fresh = chat("--seed", "1", "-s", "Be kind.")
+    assert fresh["conversation"] != first["conversation"]
+    assert fresh["text"] == first["text"]
+    assert chat("--conversation", first["conversation"])["conversation"] == first["conversation"]
+
+
+def test_a_method_by_default_by_user_and_by_call(chat, ok, monkeypatch):
+    monkeypatch.setenv("PREFMW_METHOD", "prompt")
+    assert chat()["method"] == "prompt"
+    ok("users", "edit", "alice", "--method", "linear", "--strength", "1.5")
+    assert (chat()["method"], chat()["strength"]) == ("linear", 1.5)
+    assert chat("--method", "none")["method"] == "none"
+
+
+def test_a_reply_is_text_on_stdout_and_nothing_else(prefmw, toy, alice):
+    arguments = ["chat", QUESTION, "-u", "alice", "-m", str(toy), "--max-tokens", "24", "--seed", "1"]
+    code, streamed, err = prefmw(*arguments)
+    assert (code, err) == (0, "")
+    assert prefmw(*arguments, "--no-stream")[1] == streamed
+    assert streamed.endswith("\n")
+
+
+def test_steering_without_preferences_is_noted(prefmw, ok, toy):
+    ok("users", "add", "bob")
+    _, _, err = prefmw("chat", "x", "-u", "bob", "-m", str(toy), "--method", "linear", "--max-tokens", "4")
+    assert err == "note: bob has no persona and no weight of 0.15 or more, so the reply is plain\n"
+
+
+def test_the_user_may_come_from_the_environment(ok, toy, alice, monkeypatch):
+    monkeypatch.setenv("PREFMW_USER", "alice")
+    assert ok("chat", "x", "-m", str(toy), "--max-tokens", "4")["user"] == "alice"
+
+
+def test_piped_text_is_joined_to_the_prompt(ok, toy, alice, monkeypatch, home):
+    import io
+    import sqlite3
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("piped text\n"))
+    ok("chat", "Summarise:", "-u", "alice", "-m", str(toy), "--max-tokens", "4")
+    monkeypatch.setattr("sys.stdin", io.StringIO("only piped"))
+    ok("chat", "-u", "alice", "-m", str(toy), "--max-tokens", "4")
+    with sqlite3.connect(home / "prefmw.db") as database:
+        prompts = [row[0] for row in database.execute("SELECT prompt FROM turns ORDER BY id")]
+    assert prompts == ["Summarise:\n\npiped text", "only piped"]
+
+
+# Mistakes
+
+TOO_LONG = "x" * 300
+MISTAKES = {
+    "no such model": (["chat", "x", "-u", "alice", "-m", "no-such-model"], 2, "no model 'no-such-model'"),
+    "no such path": (["chat", "x", "-u", "alice", "-m", "./nowhere"], 2, "does not exist"),
+    "no user named": (["chat", "x"], 2, "--user"),
+    "unknown user": (["users", "show", "bob"], 2, "no user 'bob'"),
+    "unknown user at chat": (["chat", "x", "-u", "bob"], 2, "no user 'bob'"),
+    "empty id": (["users", "add", ""], 2, "empty"),
+    "long id": (["users", "add", TOO_LONG], 2, "at most 128 characters, got 300"),
+    "id of two lines": (["users", "add", "a\nb"], 2, "no line break"),
+    "long id at chat": (["chat", "x", "-u", TOO_LONG], 2, "at most 128 characters"),
+    "taken id": (["users", "add", "alice"], 2, "already"),
+    "persona of 1 MB": (["users", "edit", "alice", "--persona", "x" * 1_000_000], 2, "at most 4000 characters"),
+    "persona that is no text": (["users", "edit", "alice", "--persona", "\udcff"], 2, "not valid UTF-8"),
+    "prompt that is no text": (["chat", "\udcff", "-u", "alice", "-m", "TOY"], 2, "not valid UTF-8"),
+    "strength NaN": (["chat", "x", "-u", "alice", "--strength", "nan"], 2, "got nan"),
+    "strength below range": (["chat", "x", "-u", "alice", "--strength", "-1"], 2, "[0, 10]"),
+    "strength above range": (["chat", "x", "-u", "alice", "--strength", "11"], 2, "[0, 10]"),
+    "strength for none": (["chat", "x", "-u", "alice", "--method", "none", "--strength", "1"], 2, "takes no strength"),
+    "strength without method": (["users", "edit", "alice", "--strength", "1"], 2, "--method"),
+    "max-tokens 0": (["chat", "x", "-u", "alice", "--max-tokens", "0"], 2, "max-tokens is at least 1"),
+    "unknown method": (["chat", "x", "-u", "alice", "--method", "liner"], 2, "did you mean 'linear'"),
+    "unknown method stored": (["users", "edit", "alice", "--method", "liner"], 2, "did you mean 'linear'"),
+    "unknown dimension": (["prefs", "set", "alice", "humour=1"], 2, "did you mean 'humor'"),
+    "unknown dimension unset": (["prefs", "unset", "alice", "humour"], 2, "did you mean 'humor'"),
+    "weight out of range": (["prefs", "set", "alice", "humor=1.5"], 2, "[-1, 1]"),
+    "weight NaN": (["prefs", "set", "alice", "humor=nan"], 2, "[-1, 1]"),
+    "weight without number": (["prefs", "set", "alice", "humor"], 2, "humor=-0.6"),
+    "weight twice": (["prefs", "set", "alice", "humor=1", "humor=0"], 2, "twice"),
+    "nothing to edit": (["users", "edit", "alice"], 2, "nothing to change"),
+    "no question": (["chat", "-u", "alice"], 2, "nothing to answer"),
+    "blank question": (["chat", "  ", "-u", "alice"], 2, "nothing to answer"),
+    "no conversation yet": (["chat", "x", "-u", "alice", "-c"], 2, "no conversation yet"),
+    "no such conversation": (["chat", "x", "-u", "alice", "--conversation", "abc"], 2, "no conversation 'abc'"),
+    "two conversations": (["chat", "x", "-u", "alice", "-c", "--conversation", "abc"], 2, "one of them"),
+    "prompt beyond the context": (["chat", "word " * 3000, "-u", "alice", "-m", "TOY"], 2, "512"),
+    "unknown option": (["chat", "--nope"], 2, "--nope"),
+    "unknown command": (["usres"], 2, "users"),
+    "not a number": (["chat", "x", "--max-tokens", "many"], 2, "--max-tokens"),
+    "a folder as database": (["users", "list", "-d", "/tmp"], 1, "cannot be opened"),
+    "unknown kind of database": (["users", "list", "-d", "nonsense://x"], 2, "unknown kind"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_that_helps(name, prefmw, ok, alice, toy):
+    arguments, code, message = MISTAKES[name]
+    before = ok("users", "list")
+    got, out, err = prefmw(*(str(toy) if argument == "TOY" else argument for argument in arguments))
+    assert (got, out) == (code, "")
+    assert message in err
+    assert re.fullmatch(r"prefmw: [^\n]+\n", err)
+    assert len(err) < 400
+    assert ok("users", "list") == before
+
+
+def test_the_default_model_is_named_where_it_is_missing(prefmw, alice, monkeypatch, tmp_path):
+    monkeypatch.setattr("prefmw.bootstrap.embedded_path", lambda name: tmp_path / name)
+    code, _, err = prefmw("chat", "x", "-u", "alice")
+    assert (code, "'tiny' is not in this installation" in err) == (2, True)
+
+
+def test_a_model_without_a_chat_template_is_told(prefmw, alice, toy, tmp_path):
+    import shutil
+
+    base = Path(shutil.copytree(toy, tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    code, out, err = prefmw("chat", "x", "-u", "alice", "-m", str(base))
+    assert (code, out) == (2, "")
+    assert "no chat template" in err
+
+
+def test_transformers_outside_the_range_is_told(prefmw, alice, toy, monkeypatch):
+    monkeypatch.setattr("prefmw.models.chat_model.version", lambda name: "4.40.0")
+    code, _, err = prefmw("chat", "x", "-u", "alice", "-m", str(toy))
+    assert (code, "transformers 4.40.0 is outside" in err) == (1, True)
+
+
+def test_a_missing_extra_prints_its_pip_command(prefmw, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    code, _, err = prefmw("users", "list", "-d", "postgresql+psycopg://x@127.0.0.1/x")
+    assert (code, "pip install 'prefmw[postgres]'" in err) == (1, True)
+
+
+# Help
+
+
+def commands(group=None, path=()):
+    import typer.main
+
+    group = group or typer.main.get_command(app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def test_every_command_and_option_has_help():
+    for path, command in commands():
+        assert command.help, path
+        for parameter in command.params:
+            assert parameter.help, (path, parameter.name)
+
+
+def test_every_command_and_option_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    for path, command in commands():
+        assert f"prefmw {' '.join(path)}" in text, path
+        for parameter in command.params:
+            for option in parameter.opts:
+                if option.startswith("--") and option != "--help":
+                    assert f"`{option}" in text, (path, option)
+
+
+def test_no_arguments_print_help(prefmw):
+    code, out, _ = prefmw()
+    assert code == 0
+    assert "chat" in out

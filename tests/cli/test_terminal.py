@@ -1,0 +1,176 @@
+"""The command line as a process: pipes, signals, and a conversation on a real terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pytest
+
+PREFMW = [sys.executable, "-c", "from prefmw.cli.main import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Path:
+    """A model of long context, so that a reply takes seconds."""
+    from tests.toymodels import save_chat_model
+
+    return save_chat_model(tmp_path_factory.mktemp("models") / "slow", context=20_000)
+
+
+@pytest.fixture
+def environment(home, slow, monkeypatch) -> dict[str, str]:
+    """alice is stored, the model set, and the reply of seed 1 never ends by itself."""
+    subprocess.run([*PREFMW, "users", "add", "alice", "--persona", "a nurse"], check=True, capture_output=True)
+    return {**os.environ, "PREFMW_MODEL": str(slow), "PREFMW_SEED": "1", "TERM": "dumb", "COLUMNS": "100"}
+
+
+def turns(home: Path) -> list[tuple[str, str, int]]:
+    with sqlite3.connect(home / "prefmw.db") as database:
+        return database.execute("SELECT prompt, finish_reason, output_tokens FROM turns ORDER BY id").fetchall()
+
+
+def start(environment, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*PREFMW, "chat", "Count.", "-u", "alice", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_a_reader_that_leaves_ends_the_reply_without_a_word(environment, home):
+    process = start(environment, "--max-tokens", "15000")
+    assert process.stdout.read(20)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 1
+    with process.stderr as err:
+        assert err.read() == b""
+    ((_, reason, tokens),) = turns(home)
+    assert (reason, 0 < tokens < 15000) == ("interrupted", True)
+
+
+def test_ctrl_c_keeps_the_partial_reply(environment, home):
+    process = start(environment, "--max-tokens", "15000")
+    seen = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().strip() == "prefmw: interrupted; the reply so far is kept, marked so"
+    ((_, reason, tokens),) = turns(home)
+    assert (reason, 0 < tokens < 15000) == ("interrupted", True)
+    with sqlite3.connect(home / "prefmw.db") as database:
+        text = database.execute("SELECT text FROM turns").fetchone()[0]
+    assert text.encode().startswith((seen + rest)[:50])
+
+
+def test_tokens_come_before_the_reply_is_done(environment):
+    process = start(environment, "--max-tokens", "3000")
+    assert process.stdout.read(1)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def terminal(environment):
+    def spawn(*arguments: str, user: str = "alice") -> pexpect.spawn:
+        command = [*PREFMW, "chat", "-u", user, "--max-tokens", "12", *arguments]
+        return pexpect.spawn(
+            command[0], command[1:], env=environment, timeout=60, encoding="utf-8", dimensions=(40, 200)
+        )
+
+    return spawn
+
+
+def leave(child: pexpect.spawn) -> int:
+    child.expect(pexpect.EOF)
+    child.close()
+    return child.exitstatus
+
+
+def test_a_conversation_on_a_terminal(terminal, home):
+    child = terminal()
+    child.expect("method linear 2; /help")
+    child.expect("alice> ")
+    child.sendline("Hello.")
+    child.expect("alice> ")
+    child.sendline("And then?")
+    child.expect("alice> ")
+    child.sendline("/prefs")
+    child.expect("persona +a nurse")
+    child.expect("alice> ")
+    child.sendline("/help")
+    child.expect("/clear +Begin a new conversation")
+    child.sendline("/claer")
+    child.expect("did you mean '/clear'")
+    child.sendline("/clear")
+    child.expect("a new conversation")
+    child.expect("alice> ")
+    child.sendline("Again.")
+    child.expect("alice> ")
+    child.sendline("/bye")
+    assert leave(child) == 0
+    assert [turn[0] for turn in turns(home)] == ["Hello.", "And then?", "Again."]
+    with sqlite3.connect(home / "prefmw.db") as database:
+        assert database.execute("SELECT count(*) FROM conversations").fetchone() == (2,)
+
+
+def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves(terminal, home):
+    child = terminal("--max-tokens", "15000")
+    child.expect("alice> ")
+    child.sendline("Hello.")
+    child.expect("Hello.\r\n")
+    time.sleep(1)
+    child.sendintr()
+    child.expect("stopped; the reply so far is kept")
+    child.expect("alice> ")
+    child.sendintr()  # at the prompt it drops the line and stays
+    child.expect("alice> ")
+    child.sendeof()
+    assert leave(child) == 0
+    assert turns(home)[0][1] == "interrupted"
+
+
+def test_a_mistake_in_a_conversation_is_told_and_it_goes_on(terminal, toy):
+    child = terminal("-m", str(toy))
+    child.expect("alice> ")
+    child.sendline("   ")
+    child.expect("alice> ")
+    child.sendline("word " * 700)
+    child.expect("beyond the 512")
+    child.expect("alice> ")
+    child.sendline("Hello.")
+    child.expect("alice> ")
+    child.sendline("/bye")
+    assert leave(child) == 0
+
+
+def test_a_user_who_is_new_on_a_terminal_is_created(terminal, environment, home):
+    child = terminal(user="bob")
+    child.expect("bob is new here")
+    child.sendline("a cook who likes it brief")
+    child.expect("bob> ")
+    child.sendline("/prefs")
+    child.expect("a cook who likes it brief")
+    child.sendline("/bye")
+    assert leave(child) == 0
+
+
+def test_a_wrong_option_is_told_before_a_conversation_begins(terminal):
+    child = terminal("--method", "liner")
+    child.expect("did you mean 'linear'")
+    assert leave(child) == 2
+
+
+def test_a_conversation_cannot_print_json(terminal):
+    child = terminal("--json")
+    child.expect("--json answers one question")
+    assert leave(child) == 2

@@ -1,0 +1,285 @@
+"""One turn: which method and strength are applied, what is refused, and what is recorded."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefmw.errors import ContextLengthError, StoreError, UnknownUserError, UsageError
+from prefmw.personalizer import Defaults, Options, Personalizer
+from prefmw.preferences import Message, Source, default_dimensions
+
+QUESTION = [Message("user", "How do I fall asleep faster?")]
+SHORT = {"max_tokens": 24, "seed": 1}
+
+
+@pytest.fixture
+def people(store):
+    store.add_user("alice", persona="I'm a nurse on night shifts; keep it short", actor="test")
+    store.add_user("bob", actor="test")
+    return store
+
+
+@pytest.fixture
+def make(people, backend):
+    def build(**defaults) -> Personalizer:
+        return Personalizer(people, lambda: backend, default_dimensions(), Defaults(**{"max_tokens": 24, **defaults}))
+
+    return build
+
+
+def the_turn(store, reply):
+    (turn,) = store.turns(reply.user_id, reply.conversation_id)
+    return turn
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another(make):
+    personalizer = make()
+    first = personalizer.reply("alice", QUESTION, Options(method="linear", seed=1))
+    again = personalizer.reply("alice", QUESTION, Options(method="linear", seed=1))
+    other = personalizer.reply("alice", QUESTION, Options(method="linear", seed=2))
+    assert first.text == again.text != other.text
+    assert first.text
+
+
+def test_zero_strength_is_preference_prompting(make):
+    personalizer = make()
+    zero = personalizer.reply("alice", QUESTION, Options(method="linear", strength=0, **SHORT))
+    prompt = personalizer.reply("alice", QUESTION, Options(method="prompt", **SHORT))
+    assert zero.text == prompt.text
+    assert (zero.plan.strength, prompt.plan.strength) == (0.0, None)
+
+
+def test_methods_differ_in_their_replies(make):
+    personalizer = make()
+    texts = [
+        personalizer.reply("alice", QUESTION, Options(method=m, **SHORT)).text for m in ("none", "prompt", "linear")
+    ]
+    assert len(set(texts)) == 3
+
+
+def test_preferences_change_the_reply_and_none_ignores_them(make, people):
+    personalizer = make()
+    before = {m: personalizer.reply("alice", QUESTION, Options(method=m, **SHORT)).text for m in ("none", "linear")}
+    people.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
+    after = {m: personalizer.reply("alice", QUESTION, Options(method=m, **SHORT)).text for m in ("none", "linear")}
+    assert before["none"] == after["none"]
+    assert before["linear"] != after["linear"]
+
+
+def test_the_turn_is_recorded_with_all_that_decoding_it_again_takes(make, people):
+    reply = make().reply("alice", [Message("system", "Be kind."), *QUESTION], Options(method="linear", seed=5))
+    turn = the_turn(people, reply)
+    assert (turn.method, turn.strength, turn.revision, turn.seed) == ("linear", 2.0, 1, 5)
+    assert (turn.system, turn.prompt, turn.text) == ("Be kind.", QUESTION[0].content, reply.text)
+    assert (turn.input_tokens, turn.output_tokens) == (reply.input_tokens, 24)
+    assert turn.plan["principle"] == reply.plan.principle
+    assert turn.plan["candidates"] == {"temperature": 0.7, "top_p": 0.8, "top_k": None}
+    assert turn.plan["model_revision"] == turn.model_revision
+    assert len(turn.plan_hash) == 64
+
+
+def test_a_plan_s_hash_is_the_plan_s(make, people):
+    personalizer = make()
+
+    def plan_hash(**options) -> str:
+        return the_turn(people, personalizer.reply("alice", QUESTION, Options(**options))).plan_hash
+
+    assert plan_hash(seed=1) == plan_hash(seed=2)
+    assert len({plan_hash(), plan_hash(method="prompt"), plan_hash(strength=3.0), plan_hash(top_p=0.5)}) == 4
+    before = plan_hash()
+    people.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
+    assert plan_hash() != before
+
+
+def test_nothing_is_recorded_where_that_is_asked(make, people):
+    reply = make().reply("alice", QUESTION, log=False)
+    assert (reply.turn_id, reply.conversation_id) == (None, None)
+
+
+def test_a_conversation_continues(make, people):
+    personalizer = make()
+    first = personalizer.reply("alice", QUESTION, Options(seed=1))
+    talk = [*QUESTION, Message("assistant", first.text), Message("user", "And then?")]
+    second = personalizer.reply("alice", talk, Options(seed=1), conversation_id=first.conversation_id)
+    assert [turn.prompt for turn in people.turns("alice", first.conversation_id)] == [QUESTION[0].content, "And then?"]
+    assert second.input_tokens > first.input_tokens
+
+
+# Which method
+
+
+@pytest.mark.parametrize(
+    ("asked", "users", "default", "chosen"),
+    [
+        (None, None, "auto", "linear"),
+        ("none", "prompt", "linear", "none"),
+        (None, "prompt", "linear", "prompt"),
+        ("auto", "prompt", "linear", "prompt"),
+        ("auto", None, "prompt", "prompt"),
+    ],
+)
+def test_the_call_decides_then_the_user_then_the_default(make, people, asked, users, default, chosen):
+    people.edit_user("alice", method=users, actor="test")
+    plan = make(method=default).plan(people.profile("alice"), Options(method=asked))
+    assert plan.method == chosen
+
+
+def test_automatic_is_linear_with_a_preference_and_none_without(make, people):
+    personalizer = make()
+    assert personalizer.plan(people.profile("bob"), Options()).method == "none"
+    people.set_weights("bob", {"humor": 0.1}, source=Source.user, actor="test")
+    assert personalizer.plan(people.profile("bob"), Options()).method == "none"  # too weak to be put into words
+    people.set_weights("bob", {"humor": 0.5}, source=Source.user, actor="test")
+    assert personalizer.plan(people.profile("bob"), Options()).method == "linear"
+
+
+def test_strength_comes_from_the_call_then_the_user_then_the_default(make, people):
+    personalizer = make(strength={"linear": 1.0})
+    assert personalizer.plan(people.profile("alice"), Options()).strength == 1.0
+    people.edit_user("alice", strengths={"linear": 4.0}, actor="test")
+    assert personalizer.plan(people.profile("alice"), Options()).strength == 4.0
+    assert personalizer.plan(people.profile("alice"), Options(strength=0.0)).strength == 0.0
+
+
+def test_steering_without_a_preference_is_plain_and_says_so(make):
+    personalizer = make()
+    steered = personalizer.reply("bob", QUESTION, Options(method="linear", **SHORT))
+    plain = personalizer.reply("bob", QUESTION, Options(method="none", **SHORT))
+    assert steered.text == plain.text
+    assert "no persona" in steered.notices[0]
+    assert plain.notices == ()
+
+
+def test_a_template_s_own_system_prompt_is_kept_beside_the_principle(people, tmp_path):
+    from prefmw.decoding import Engine
+    from prefmw.models import ModelSpec, load_chat_model
+    from prefmw.personalizer import Backend, _with_principle
+    from tests.toymodels import save_chat_model
+
+    chat = load_chat_model(ModelSpec(str(save_chat_model(tmp_path / "qwen", "qwen"))))
+    system, *_ = _with_principle(QUESTION, "Be brief.", chat)
+    assert system.content == "You are a helpful assistant.\n\nBe brief."
+    engine = Engine(chat.module, capacity=chat.capacity, vocabulary=chat.vocabulary)
+    personalizer = Personalizer(people, lambda: Backend(chat, engine), default_dimensions(), Defaults(max_tokens=4))
+    assert personalizer.reply("alice", QUESTION).output_tokens == 4
+    engine.close()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("messages", [[], [Message("user", "  ")], [Message("user", "a"), Message("assistant", "b")]])
+def test_a_conversation_without_a_question_is_refused(make, messages):
+    with pytest.raises(UsageError, match="nothing to answer"):
+        make().reply("alice", messages)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": float("nan")}, "strength"),
+        ({"strength": -1.0}, "strength"),
+        ({"strength": 11.0}, "strength"),
+        ({"method": "none", "strength": 1.0}, "takes no strength"),
+        ({"method": "pad"}, "no method 'pad'"),
+        ({"max_tokens": 0}, "max-tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_wrong_options_are_refused_before_a_model_is_loaded(people, options, message):
+    def load():
+        raise AssertionError("the model was loaded")
+
+    with pytest.raises(UsageError, match=message):
+        Personalizer(people, load, default_dimensions(), Defaults()).reply("alice", QUESTION, Options(**options))
+
+
+def test_an_unknown_user_is_refused(make):
+    with pytest.raises(UnknownUserError, match="carol"):
+        make().reply("carol", QUESTION)
+
+
+def test_a_prompt_beyond_the_context_is_refused_and_nothing_recorded(make, people):
+    with pytest.raises(ContextLengthError, match="512"):
+        make().reply("alice", [Message("user", "word " * 3000)])
+    with pytest.raises(UsageError, match="no conversation yet"):
+        people.conversation("alice", "latest")
+
+
+def test_a_reply_is_cut_to_what_the_context_leaves_and_says_so(make):
+    reply = make().reply("alice", QUESTION, Options(max_tokens=10_000, temperature=0))
+    assert reply.input_tokens + reply.output_tokens <= 512
+    assert "cut to" in reply.notices[0]
+
+
+@pytest.mark.parametrize("text", ["nul \0", "\udcff"])
+def test_what_no_store_holds_is_refused(make, text):
+    with pytest.raises(UsageError, match="a message"):
+        make().reply("alice", [Message("user", text)])
+
+
+# Streaming
+
+
+def test_pieces_joined_are_the_reply(make):
+    with make().stream("alice", QUESTION, Options(seed=3, max_tokens=60)) as stream:
+        pieces = list(stream)
+    assert len(pieces) > 5
+    assert "".join(pieces) == stream.reply.text
+
+
+def test_a_stop_string_ends_the_reply_and_never_shows(make, people):
+    personalizer = make()
+    whole = personalizer.reply("alice", QUESTION, Options(seed=3, max_tokens=60)).text
+    stop = whole[20:23]
+    reply = personalizer.reply("alice", QUESTION, Options(seed=3, max_tokens=60, stop=(stop,)))
+    assert reply.text == whole.split(stop)[0]
+    assert reply.finish_reason == "stop"
+    assert reply.output_tokens < 60
+    assert the_turn(people, reply).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError, GeneratorExit])
+def test_a_reader_that_leaves_keeps_the_partial_reply_marked_interrupted(make, people, error):
+    personalizer = make()
+    stream = personalizer.stream("alice", QUESTION, Options(seed=3, max_tokens=300))
+    seen = []
+    with pytest.raises(error), stream:
+        for piece in stream:
+            seen.append(piece)
+            if len(seen) == 3:
+                raise error
+    turn = the_turn(people, stream.reply)
+    assert turn.finish_reason == "interrupted"
+    assert turn.text.startswith("".join(seen))
+    assert turn.output_tokens < 300
+    assert personalizer.reply("alice", QUESTION).finish_reason in {"stop", "length"}
+
+
+def test_an_engine_that_fails_in_mid_reply_leaves_a_turn_that_says_so(make, people, backend, monkeypatch):
+    from prefmw.errors import EngineError
+
+    stream = make().stream("alice", QUESTION, Options(seed=3, max_tokens=300))
+    with pytest.raises(EngineError), stream:
+        for index, _ in enumerate(stream):
+            if index == 2:
+                raise EngineError("it broke")
+    assert the_turn(people, stream.reply).finish_reason == "error"
+
+
+def test_a_store_that_fails_to_record_is_told(make, people, monkeypatch):
+    def full(turn):
+        raise StoreError("database is full")
+
+    monkeypatch.setattr(people, "record", full)
+    with pytest.raises(StoreError, match="full"):
+        make().reply("alice", QUESTION)
+
+
+def test_timing_adds_up(make):
+    personalizer = make()
+    first, second = personalizer.reply("alice", QUESTION), personalizer.reply("alice", QUESTION)
+    assert first.timing.load_s > 0 == second.timing.load_s
+    assert second.timing.prefill_s > 0
+    assert second.timing.ms_per_token == pytest.approx(1000 * second.timing.decode_s / 23)
