@@ -20,8 +20,9 @@ from pydantic import ConfigDict, PrivateAttr
 
 from prefmw.bootstrap import build_personalizer, open_store
 from prefmw.errors import UsageError
-from prefmw.personalizer import Options, Personalizer, Reply, ReplyStream
+from prefmw.personalizer import Options, Personalizer
 from prefmw.preferences import Message
+from prefmw.reply import Reply, ReplyStream
 from prefmw.settings import load_settings
 
 

@@ -15,8 +15,9 @@ from prefmw.cli.output import emit, print_json, say
 from prefmw.errors import UnknownUserError, UsageError
 
 if TYPE_CHECKING:
-    from prefmw.personalizer import Options, Personalizer, Reply
+    from prefmw.personalizer import Options, Personalizer
     from prefmw.preferences import Message, PreferenceStore
+    from prefmw.reply import Reply
 
 
 @dataclass
@@ -109,7 +110,7 @@ def chat(
     check_user_id(settings.user)
     store = open_store(settings)
     try:
-        _ensure_user(store, settings.user)
+        _ensure_user(store, settings.user, settings.model)
         with _loading(settings.model):
             from prefmw.personalizer import Options
 
@@ -171,14 +172,17 @@ def _question(prompt: str | None) -> str | None:
     return question
 
 
-def _ensure_user(store: PreferenceStore, user_id: str) -> None:
+def _ensure_user(store: PreferenceStore, user_id: str, model: str) -> None:
     """On a terminal an unknown user is created, and offered one line to describe themselves."""
+    from prefmw.bootstrap import find_embedded
+
     try:
         store.profile(user_id)
         return
     except UnknownUserError:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
+    find_embedded(model)  # nobody is asked anything in vain
     say(f"{user_id} is new here. In one line, who are you and how do you like your answers? (Enter to skip)")
     try:
         persona = _ask_line("> ")

@@ -63,7 +63,7 @@ def _backend(settings: Settings) -> Backend:
 
     spec = ModelSpec(
         name=settings.model,
-        path=_embedded(settings.model),
+        path=find_embedded(settings.model),
         revision=settings.model_revision,
         device=settings.device,
         dtype=settings.dtype,
@@ -81,8 +81,12 @@ def _backend(settings: Settings) -> Backend:
         return _backends[key]
 
 
-def _embedded(model: str) -> Path | None:
-    """The folder of an embedded model; ``None`` for any other."""
+def find_embedded(model: str) -> Path | None:
+    """The folder of an embedded model; ``None`` for any other.
+
+    Raises:
+        ModelNotFoundError: an embedded model that this installation lacks.
+    """
     if model not in EMBEDDED:
         return None
     path = embedded_path(model)

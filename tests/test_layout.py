@@ -78,10 +78,23 @@ ARROWS = {
     "prefmw.models": ("prefmw.preferences",),
     "prefmw.settings": (),
     "prefmw.errors": (),
-    "prefmw.personalizer": ("prefmw.preferences", "prefmw.alignment", "prefmw.decoding", "prefmw.models"),
+    "prefmw.reply": ("prefmw.preferences", "prefmw.decoding", "prefmw.models"),
+    "prefmw.personalizer": (
+        "prefmw.preferences",
+        "prefmw.alignment",
+        "prefmw.decoding",
+        "prefmw.models",
+        "prefmw.reply",
+    ),
     "prefmw.bootstrap": ("prefmw",),
     "prefmw.stores": ("prefmw.preferences",),
-    "prefmw.adapters": ("prefmw.preferences", "prefmw.personalizer", "prefmw.bootstrap", "prefmw.settings"),
+    "prefmw.adapters": (
+        "prefmw.preferences",
+        "prefmw.personalizer",
+        "prefmw.reply",
+        "prefmw.bootstrap",
+        "prefmw.settings",
+    ),
     "prefmw.cli": ("prefmw",),
 }
 

@@ -1,0 +1,155 @@
+"""A reply in the making and when it is whole: the text, the plan that steered it, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from prefmw.decoding import Generation, Sampling
+from prefmw.errors import EngineError
+from prefmw.models import ChatModel, Detokenizer
+from prefmw.preferences import Weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a reply is steered: everything but the conversation that decides its distribution."""
+
+    method: str
+    strength: float | None
+    principle: str
+    revision: int
+    weights: Mapping[str, Weight]
+    sampling: Sampling
+
+    def as_json(self, chat: ChatModel) -> dict[str, Any]:
+        """The plan on one model, as it is recorded with a turn."""
+        return {
+            "method": self.method,
+            "strength": self.strength,
+            "principle": self.principle,
+            "revision": self.revision,
+            "weights": {key: weight.value for key, weight in self.weights.items()},
+            "candidates": {
+                "temperature": self.sampling.temperature,
+                "top_p": self.sampling.top_p,
+                "top_k": self.sampling.top_k,
+            },
+            "model": chat.name,
+            "model_revision": chat.revision,
+            "dtype": chat.dtype,
+        }
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: ``load_s`` for weights and tokenizer (0 if loaded before), prefill to first token, decoding."""
+
+    load_s: float
+    prefill_s: float
+    decode_s: float
+    ms_per_token: float | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished reply and all that was applied to it."""
+
+    text: str
+    user_id: str
+    model: str
+    plan: Plan
+    finish_reason: str
+    input_tokens: int
+    output_tokens: int
+    timing: Timing
+    notices: tuple[str, ...] = ()
+    conversation_id: str | None = None
+    turn_id: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The reply as ``prefmw chat --json`` prints it."""
+        return {
+            "text": self.text,
+            "user": self.user_id,
+            "model": self.model,
+            "method": self.plan.method,
+            "strength": self.plan.strength,
+            "seed": self.plan.sampling.seed,
+            "finish_reason": self.finish_reason,
+            "usage": {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens},
+            "preferences": {
+                "revision": self.plan.revision,
+                "weights": {key: weight.as_json() for key, weight in self.plan.weights.items()},
+                "principle": self.plan.principle,
+            },
+            "timing": {name: value if value is None else round(value, 4) for name, value in vars(self.timing).items()},
+            "conversation": self.conversation_id,
+            "turn": self.turn_id,
+            "notices": list(self.notices),
+        }
+
+
+class ReplyStream:
+    """A reply in the making: iterate it for pieces of text, then read ``reply``.
+
+    Use it as a context manager. However its block is left, at the end, by ``break``, by Ctrl-C or by an exception of
+    the reader, the engine is freed and the reply, perhaps partial and then marked ``interrupted`` (``error`` where
+    the engine failed), is recorded.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        detokenizer: Detokenizer,
+        draft: Reply,
+        record: Callable[[Reply, Sequence[int]], Reply],
+    ) -> None:
+        self._generation = generation
+        self._detokenizer = detokenizer
+        self._record = record
+        self._ids: list[int] = []
+        self._ended = False
+        self.reply = draft
+        """What is known so far; whole once the stream has ended."""
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self._generation:
+            self._ids.append(token)
+            if piece := self._detokenizer.push(token):
+                yield piece
+            if self._detokenizer.stopped:
+                self._end("stop")
+                return
+        if piece := self._detokenizer.finish():
+            yield piece
+        self._end("stop" if self._detokenizer.stopped else self._generation.finish_reason or "interrupted")
+
+    def __enter__(self) -> ReplyStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._ended:
+            self._detokenizer.finish()
+            self._end("error" if isinstance(error, EngineError) else "interrupted")
+
+    def _end(self, finish_reason: str) -> None:
+        self._ended = True
+        generation = self._generation
+        generation.cancel()
+        for _ in generation:  # what was decoded but not read is dropped; the engine is done with it after this
+            pass
+        steps = len(self._ids) - 1
+        per_token = 1000 * generation.decode_s / steps if steps > 0 else None
+        self.reply = replace(
+            self.reply,
+            text=self._detokenizer.text,
+            finish_reason=finish_reason,
+            output_tokens=len(self._ids),
+            timing=Timing(self.reply.timing.load_s, generation.prefill_s, generation.decode_s, per_token),
+        )
+        self.reply = self._record(self.reply, self._ids)
