@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
@@ -69,10 +70,11 @@ class ChatPrefMW(BaseChatModel):
     log: bool | None = None
     """Whether turns are recorded."""
 
-    cache: Any = False
-    """Off: a LangChain cache would not see that a user's preferences changed."""
+    cache: Literal[False] = False
+    """Off, and not to be switched on: a LangChain cache would not see that a user's preferences changed."""
 
-    _personalizer: Personalizer | None = PrivateAttr(default=None)
+    _opened: tuple[Personalizer, bool] | None = PrivateAttr(default=None)
+    _lock: Any = PrivateAttr(default_factory=threading.Lock)
 
     @property
     def _llm_type(self) -> str:
@@ -135,13 +137,17 @@ class ChatPrefMW(BaseChatModel):
             raise UsageError(
                 f"ChatPrefMW takes no {', '.join(sorted(kwargs))}; it takes user_id, {', '.join(names)}, stop"
             )
-        settings = load_settings({"model": self.model, "database": self.database, "log": self.log})
-        if self._personalizer is None:
-            self._personalizer = build_personalizer(settings, open_store(settings))
+        personalizer, log = self._open()
         options = Options(**values, stop=tuple(stop or ()))
-        return self._personalizer.stream(
-            user_id, [_message(message) for message in messages], options, log=settings.log
-        )
+        return personalizer.stream(user_id, [_message(message) for message in messages], options, log=log)
+
+    def _open(self) -> tuple[Personalizer, bool]:
+        """The personalizer, made at the first call, and whether turns are recorded."""
+        with self._lock:
+            if self._opened is None:
+                settings = load_settings({"model": self.model, "database": self.database, "log": self.log})
+                self._opened = build_personalizer(settings, open_store(settings)), settings.log
+            return self._opened
 
 
 def _message(message: BaseMessage) -> Message:
@@ -188,5 +194,6 @@ def _metadata(reply: Reply) -> dict[str, Any]:
             "strength": plan.strength,
             "weights": {key: weight.value for key, weight in plan.weights.items()},
             "seed": plan.sampling.seed,
+            "notices": [*reply.notices, *filter(None, [reply.not_recorded])],
         },
     }

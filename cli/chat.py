@@ -47,14 +47,21 @@ class Session:
             conversation_id=self.conversation_id,
             log=self.log,
         )
+        shown = False
         try:
             with stream:
                 for piece in stream:
                     if show and self.streams:
                         emit(piece)
+                        shown = True
+        except BaseException:
+            if shown:
+                print(file=sys.stderr)  # what is said next begins a line
+            raise
         finally:
             reply = stream.reply
-            self.history += [asked, Message("assistant", reply.text)]
+            if reply.text:
+                self.history += [asked, Message("assistant", reply.text)]
             self.conversation_id = reply.conversation_id
         if show:
             emit("\n" if self.streams else reply.text + "\n")
@@ -92,25 +99,25 @@ def chat(
 
     Piped text is read too, and put behind PROMPT. The reply goes to stdout, everything else to stderr.
     """
+    from prefmw.bootstrap import build_personalizer, close_engines, find_embedded, open_store
+    from prefmw.preferences import check_user_id
     from prefmw.settings import load_settings
 
     if continue_ and conversation:
         raise UsageError("-c continues the latest conversation, --conversation another; give one of them")
     flags = {"user": user, "model": model, "database": database, "log": False if no_log else None}
     settings = load_settings(flags)
+    find_embedded(settings.model)  # before anybody is asked anything
     if settings.user is None:
         raise UsageError("whose preferences? give --user ID, or set PREFMW_USER")
     question = _question(prompt)
     if question is None and json:
         raise UsageError("--json answers one question; give a PROMPT or pipe one in")
 
-    from prefmw.bootstrap import build_personalizer, close_engines, open_store
-    from prefmw.preferences import check_user_id
-
     check_user_id(settings.user)
     store = open_store(settings)
     try:
-        _ensure_user(store, settings.user, settings.model)
+        _ensure_user(store, settings.user)
         with _loading(settings.model):
             from prefmw.personalizer import Options
 
@@ -147,13 +154,21 @@ def _answer(session: Session, question: str, json: bool) -> None:
     try:
         reply = session.ask(question, show=not json)
     except KeyboardInterrupt:
-        kept = "; the reply so far is kept, marked so" if session.log else ""
-        say(f"prefmw: interrupted{kept}", after_reply=not json)
+        say("prefmw: interrupted" + ("; the reply so far is kept, marked so" if session.log else ""))
         raise typer.Exit(130) from None
-    for notice in reply.notices:
-        say(f"note: {notice}")
     if json:
         print_json(reply.as_json())
+    tell(reply)
+    if reply.not_recorded:
+        raise typer.Exit(1)
+
+
+def tell(reply: Reply) -> None:
+    """What the person should know beside the reply."""
+    for notice in reply.notices:
+        say(f"note: {notice}")
+    if reply.not_recorded:
+        say(f"prefmw: this turn was not recorded: {reply.not_recorded}")
 
 
 def _question(prompt: str | None) -> str | None:
@@ -172,17 +187,14 @@ def _question(prompt: str | None) -> str | None:
     return question
 
 
-def _ensure_user(store: PreferenceStore, user_id: str, model: str) -> None:
+def _ensure_user(store: PreferenceStore, user_id: str) -> None:
     """On a terminal an unknown user is created, and offered one line to describe themselves."""
-    from prefmw.bootstrap import find_embedded
-
     try:
         store.profile(user_id)
         return
     except UnknownUserError:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
-    find_embedded(model)  # nobody is asked anything in vain
     say(f"{user_id} is new here. In one line, who are you and how do you like your answers? (Enter to skip)")
     try:
         persona = _ask_line("> ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -47,6 +48,9 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; every foreseeable error becomes one line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     try:
         code = app(args=arguments, prog_name="prefmw", standalone_mode=False)
         sys.stdout.flush()

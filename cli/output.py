@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from prefmw.preferences import Dimensions, Profile, principle_text
 
 
-def say(text: str, *, after_reply: bool = False) -> None:
-    """One line for the person, on stderr; on a line of its own where a reply was cut off."""
-    if after_reply:
-        print(file=sys.stderr)
+def say(text: str) -> None:
+    """One line for the person, on stderr."""
     print(printable(" ".join(text.splitlines())), file=sys.stderr, flush=True)
 
 
@@ -76,18 +74,20 @@ def profile_json(profile: Profile, dimensions: Dimensions) -> dict[str, Any]:
     }
 
 
-def print_profile(profile: Profile, dimensions: Dimensions) -> None:
+def print_profile(profile: Profile, dimensions: Dimensions, file: TextIO | None = None) -> None:
     """A profile for a person: persona, weights as bars, and the principle text they add up to."""
-    print(f"{profile.user_id}  (revision {profile.revision})")
-    print(f"persona    {printable(profile.persona) or '–'}")
-    print(f"method     {_method(profile)}")
+    lines: list[str] = []
+    lines.append(f"{profile.user_id}  (revision {profile.revision})")
+    lines.append(f"persona    {printable(profile.persona) or '–'}")
+    lines.append(f"method     {_method(profile)}")
     if profile.weights:
-        print("weights")
+        lines.append("weights")
         for key, weight in sorted(profile.weights.items(), key=lambda item: -abs(item[1].value)):
             pole = dimensions[key].pole(weight.value).name if key in dimensions else "retired"
-            print(f"  {key:<13}{weight.value:+.2f}  {bar(weight.value)}  {pole:<11} {_origin(profile, key)}")
+            lines.append(f"  {key:<13}{weight.value:+.2f}  {bar(weight.value)}  {pole:<11} {_origin(profile, key)}")
     principle = principle_text(profile, dimensions)
-    print(f"principle  {printable(principle) or '– (no persona, and no weight of 0.15 or more)'}")
+    lines.append(f"principle  {printable(principle) or '– (no persona, and no weight of 0.15 or more)'}")
+    print(*lines, sep="\n", file=file or sys.stdout)
 
 
 def bar(weight: float, half: int = 10) -> str:

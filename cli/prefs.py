@@ -9,7 +9,7 @@ import typer
 from prefmw.cli.options import DatabaseOption, JsonOption, ReasonOption, UserArgument, actor, opened_store
 from prefmw.cli.output import print_json, print_profile, profile_json, say
 from prefmw.errors import UsageError
-from prefmw.preferences import Profile, Source, default_dimensions
+from prefmw.preferences import Profile, Source, Stated, default_dimensions
 
 app = typer.Typer(help="A user's preferences: numbers one can read and edit.", no_args_is_help=True)
 
@@ -40,7 +40,7 @@ def set_weights(
     if len(values) < len(weights):
         raise UsageError("a dimension is given twice; give each once")
     with opened_store(database) as store:
-        profile = store.set_weights(user_id, values, source=_layer(as_admin), actor=actor(), reason=reason)
+        profile = store.write_weights(user_id, values, source=_layer(as_admin), actor=actor(), reason=reason)
     _show(profile, json)
 
 
@@ -61,7 +61,7 @@ def unset_weights(
         for name in names:
             if name not in known:
                 default_dimensions().named(name)
-        profile = store.unset_weights(user_id, names, source=source, actor=actor(), reason=reason)
+        profile = store.write_weights(user_id, dict.fromkeys(names), source=source, actor=actor(), reason=reason)
     for name in names:
         if left := profile.weights.get(name):
             say(f"{name} is now {left.value:+g}, from {left.source.name}")
@@ -70,7 +70,7 @@ def unset_weights(
     _show(profile, json)
 
 
-def _parse(item: str) -> tuple[str, float]:
+def _parse(item: str) -> tuple[str, Stated]:
     name, equals, number = item.partition("=")
     dimension = default_dimensions().named(name.strip())
     try:
@@ -78,7 +78,7 @@ def _parse(item: str) -> tuple[str, float]:
     except ValueError as error:
         got = f"'{number[:20]}'" if equals else "no '='"
         raise UsageError(f"expected {dimension.key}=NUMBER, such as {dimension.key}=-0.6, got {got}") from error
-    return dimension.key, dimension.check(value)
+    return dimension.key, Stated(dimension.check(value))
 
 
 def _layer(as_admin: bool) -> Source:

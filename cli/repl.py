@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from prefmw.cli.chat import tell
 from prefmw.cli.output import emit, print_profile, say
 from prefmw.errors import PrefmwError, nearest
 from prefmw.preferences import default_dimensions
@@ -37,10 +38,9 @@ def converse(session: Session, chat: ChatModel) -> None:
             if line.startswith("/"):
                 _command(session, line)
             elif line:
-                for notice in session.ask(line).notices:
-                    say(f"note: {notice}")
+                tell(session.ask(line))
         except KeyboardInterrupt:
-            say("(stopped; the reply so far is kept)" if session.log else "(stopped)", after_reply=True)
+            say("(stopped; the reply so far is kept)" if session.log else "(stopped)")
         except PrefmwError as error:
             say(f"{error}")
 
@@ -62,7 +62,7 @@ def _help(session: Session) -> None:
 
 def _prefs(session: Session) -> None:
     """Your persona, weights and the principle text they add up to"""
-    print_profile(session.store.profile(session.user_id), default_dimensions())
+    print_profile(session.store.profile(session.user_id), default_dimensions(), file=sys.stderr)
 
 
 def _clear(session: Session) -> None:

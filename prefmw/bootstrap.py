@@ -4,6 +4,7 @@ until it is used.
 
 from __future__ import annotations
 
+import atexit
 import threading
 from importlib.resources import files
 from pathlib import Path
@@ -77,6 +78,8 @@ def _backend(settings: Settings) -> Backend:
         if key not in _backends:
             chat = load_chat_model(spec)
             engine = Engine(chat.module, capacity=chat.capacity, vocabulary=chat.vocabulary)
+            if not _backends:
+                atexit.register(close_engines)
             _backends[key] = Backend(chat, engine)
         return _backends[key]
 

@@ -1,7 +1,7 @@
 """One turn: profile -> plan -> reply -> record. The command line, LangChain and servers all call this.
 
 A plan says, in numbers and words a person can read, how a reply will be steered. A new alignment method is a combiner
-in ``prefmw.alignment`` and its views in :func:`_request`.
+in ``prefmw.alignment`` and its views in :func:`_views`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from prefmw.errors import ContextLengthError, UsageError
 from prefmw.models import ChatModel, Detokenizer
 from prefmw.preferences import (
     AUTO,
+    STRENGTHS,
     Dimensions,
     Message,
     PreferenceStore,
@@ -114,6 +115,8 @@ class Personalizer:
         strength = options.strength
         if strength is None:
             strength = profile.strengths.get(method, self._defaults.strength.get(method))
+        elif STRENGTHS[method] is None and options.method in (None, AUTO):
+            strength = None  # asked for whatever method applies, and this one takes none: stream() says so
         return Plan(
             method=method,
             strength=check_strength(method, strength),
@@ -155,6 +158,8 @@ class Personalizer:
         notices = []
         if plan.method != "none" and not plan.principle:
             notices.append(f"{user_id} has no persona and no weight of 0.15 or more, so the reply is plain")
+        if options.strength is not None and plan.strength is None:
+            notices.append(f"strength {options.strength:g} has no effect: method '{plan.method}' takes none")
         views, combiner = _views(plan, messages, chat)
         prompt = max(len(view.context) for view in views)
         room = chat.capacity - prompt
@@ -171,7 +176,7 @@ class Personalizer:
             views=views,
             combiner=combiner,
             sampling=plan.sampling,
-            strength=plan.strength or 0.0,
+            parameters=() if len(views) == 1 else (plan.strength or 0.0,),
             stop_ids=chat.stop_ids,
         )
         draft = Reply(
@@ -228,6 +233,7 @@ class Personalizer:
                 user_id=reply.user_id,
                 conversation_id=reply.conversation_id,
                 system=_system(messages),
+                history=() if reply.conversation_id else tuple(m for m in messages[:-1] if m.role != "system"),
                 prompt=messages[-1].content,
                 text=reply.text,
                 finish_reason=reply.finish_reason,

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from prefmw.decoding import Generation, Sampling
-from prefmw.errors import EngineError
+from prefmw.errors import EngineError, StoreError
 from prefmw.models import ChatModel, Detokenizer
 from prefmw.preferences import Weight
 
@@ -40,6 +40,8 @@ class Plan:
             "model": chat.name,
             "model_revision": chat.revision,
             "dtype": chat.dtype,
+            "quantization": chat.spec.quantization,
+            "template_options": chat.spec.template_options,
         }
 
 
@@ -68,6 +70,8 @@ class Reply:
     notices: tuple[str, ...] = ()
     conversation_id: str | None = None
     turn_id: int | None = None
+    not_recorded: str | None = None
+    """Why the store did not take the turn, where it was to be recorded and was not."""
 
     def as_json(self) -> dict[str, Any]:
         """The reply as ``prefmw chat --json`` prints it."""
@@ -88,6 +92,7 @@ class Reply:
             "timing": {name: value if value is None else round(value, 4) for name, value in vars(self.timing).items()},
             "conversation": self.conversation_id,
             "turn": self.turn_id,
+            "not_recorded": self.not_recorded,
             "notices": list(self.notices),
         }
 
@@ -116,6 +121,8 @@ class ReplyStream:
         """What is known so far; whole once the stream has ended."""
 
     def __iter__(self) -> Iterator[str]:
+        if self._ended:
+            return
         for token in self._generation:
             self._ids.append(token)
             if piece := self._detokenizer.push(token):
@@ -138,18 +145,24 @@ class ReplyStream:
             self._end("error" if isinstance(error, EngineError) else "interrupted")
 
     def _end(self, finish_reason: str) -> None:
+        """Free the engine and record the turn, once. A store that fails costs the record, never the reply."""
         self._ended = True
-        generation = self._generation
-        generation.cancel()
-        for _ in generation:  # what was decoded but not read is dropped; the engine is done with it after this
-            pass
+        self._generation.cancel()
         steps = len(self._ids) - 1
-        per_token = 1000 * generation.decode_s / steps if steps > 0 else None
+        decode_s = self._generation.decode_s
         self.reply = replace(
             self.reply,
             text=self._detokenizer.text,
-            finish_reason=finish_reason,
+            finish_reason="interrupted" if finish_reason == "cancelled" else finish_reason,
             output_tokens=len(self._ids),
-            timing=Timing(self.reply.timing.load_s, generation.prefill_s, generation.decode_s, per_token),
+            timing=Timing(
+                load_s=self.reply.timing.load_s,
+                prefill_s=self._generation.prefill_s,
+                decode_s=decode_s,
+                ms_per_token=1000 * decode_s / steps if steps > 0 else None,
+            ),
         )
-        self.reply = self._record(self.reply, self._ids)
+        try:
+            self.reply = self._record(self.reply, self._ids)
+        except StoreError as error:
+            self.reply = replace(self.reply, not_recorded=str(error))

@@ -6,13 +6,14 @@ the config file ``config.toml`` and, unless a database is named, ``prefmw.db``.
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,14 +24,25 @@ from pydantic_settings import (
     SettingsError as UnreadableEnvironment,
 )
 
-from prefmw.errors import SettingsError
+from prefmw.errors import SettingsError, UsageError
+from prefmw.preferences import check_method, check_strength
 
 CONFIG_FILE = "config.toml"
 
 
 def home() -> Path:
     """Where a user's files lie: ``PREFMW_HOME``, by default ``~/.prefmw``."""
-    return Path(os.environ.get("PREFMW_HOME") or "~/.prefmw").expanduser()
+    return _expanded(os.environ.get("PREFMW_HOME") or "~/.prefmw")
+
+
+def _expanded(path: str) -> Path:
+    try:
+        path.encode()  # an argument that is no text has surrogates in it
+        return Path(path).expanduser()
+    except UnicodeEncodeError as error:
+        raise SettingsError("a path is not valid UTF-8; give another") from error
+    except RuntimeError as error:  # no such user, or no home at all
+        raise SettingsError(f"the path '{path[:80]}' cannot be read: {error}; write it out") from error
 
 
 class Settings(BaseSettings):
@@ -46,8 +58,7 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
-    home: Path = Field(default_factory=home)
-    """Folder of the config file and the default database."""
+    _home: Path = PrivateAttr(default_factory=home)
 
     database: str = ""
     """SQLAlchemy URL (``postgresql+psycopg://...``) or the path of an SQLite file; by default prefmw.db under home."""
@@ -104,11 +115,37 @@ class Settings(BaseSettings):
     """Seed of the sampling; a fresh one is drawn, and told, for every reply where none is set."""
 
     @property
+    def home(self) -> Path:
+        """Folder of the config file and the default database."""
+        return self._home
+
+    @property
     def database_url(self) -> str:
-        """The database as an SQLAlchemy URL."""
-        if not self.database:
-            return f"sqlite:///{self.home / 'prefmw.db'}"
-        return self.database if "://" in self.database else f"sqlite:///{Path(self.database).expanduser()}"
+        """The database as an SQLAlchemy URL, its password in it."""
+        if "://" in self.database:
+            return self.database
+        from sqlalchemy.engine import URL  # the path may hold what means something in a URL
+
+        file = _expanded(self.database) if self.database else self.home / "prefmw.db"
+        return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+
+    @field_validator("quantization", "template_options", mode="before")
+    @classmethod
+    def _typed(cls, values: Any) -> Any:
+        """Entries given as PREFMW_..__NAME arrive as strings: true, 4 and null mean what they mean in JSON."""
+        if not isinstance(values, dict):
+            return values
+        return {name: _from_json(value) if isinstance(value, str) else value for name, value in values.items()}
+
+    @field_validator("strength")
+    @classmethod
+    def _by_method(cls, strength: dict[str, float]) -> dict[str, float]:
+        for method, value in strength.items():
+            try:
+                check_strength(check_method(method), value)
+            except UsageError as error:
+                raise ValueError(str(error)) from error
+        return strength
 
     @classmethod
     def settings_customise_sources(
@@ -144,3 +181,10 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
         raise SettingsError(f"{config} is not valid TOML: {error}") from error
     except OSError as error:
         raise SettingsError(f"{config} cannot be read: {error.strerror}") from error
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

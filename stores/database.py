@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +15,14 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from prefmw.errors import SchemaVersionError, UsageError
+from prefmw.errors import SchemaVersionError, StoreError, UsageError
 from prefmw.stores.errors import translated
-from prefmw.stores.schema import HEAD
+from prefmw.stores.schema import HEAD, VERSION_TABLE
 
 BUSY_TIMEOUT_MS = 5000
 """How long an SQLite write waits for another process's before it is reported as locked."""
+
+_UPGRADE_LOCK = 0x70726566  # any number, the same in every prefmw: PostgreSQL upgrades wait for each other on it
 
 
 class Database:
@@ -66,7 +71,7 @@ class Database:
         with translated(self.name):
             try:
                 with self._engine.connect() as connection:
-                    return str(connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one())
+                    return str(connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one())
             except DBAPIError as error:
                 if _is_missing_table(error):
                     return None
@@ -76,15 +81,21 @@ class Database:
         """Bring the schema to this version's; returns the revision before and after.
 
         Raises:
-            SchemaVersionError: it was made by a newer prefmw.
+            SchemaVersionError: it was made by a newer prefmw, or the database is another program's.
         """
-        self._make_folder()
+        self._make_file()
         before = self.version()
         if before is not None and before > HEAD:
             raise SchemaVersionError(self._newer(before))
+        if before is None and self._holds_other_tables():
+            raise SchemaVersionError(
+                f"database '{self.name}' holds another program's tables; give prefmw one of its own"
+            )
         if before != HEAD:
             with self.writing() as connection:
-                _run_migrations(connection)  # looks at the version again, under the write lock
+                if not self.is_sqlite:
+                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
+                _run_migrations(connection)  # looks at the version again, under the lock
         return before, HEAD
 
     def prepare(self) -> None:
@@ -93,17 +104,16 @@ class Database:
         Raises:
             SchemaVersionError: the schema is another version's, or a PostgreSQL database has none yet.
         """
-        self._make_folder()
         version = self.version()
         if version == HEAD:
             return
-        if version is None and self.is_sqlite and self._is_empty():
+        if version is None and self.is_sqlite:
             self.upgrade()
             return
         if version is not None and version > HEAD:
             raise SchemaVersionError(self._newer(version))
         state = f"has schema {version}, this prefmw works with {HEAD}" if version else "has no prefmw schema yet"
-        raise SchemaVersionError(f"database '{self.name}' {state}; run: prefmw db upgrade -d '{self.name}'")
+        raise SchemaVersionError(f"database '{self.name}' {state}; run 'prefmw db upgrade' with the same database")
 
     def close(self) -> None:
         """Close every connection."""
@@ -112,11 +122,11 @@ class Database:
     def _newer(self, version: str) -> str:
         return f"database '{self.name}' has schema {version}, newer than this prefmw's {HEAD}; upgrade prefmw"
 
-    def _is_empty(self) -> bool:
+    def _holds_other_tables(self) -> bool:
         with self.reading() as connection:
             tables = inspect(connection).get_table_names()
         # Another process may have made the schema since the version was read.
-        return not tables or "alembic_version" in tables
+        return bool(tables) and VERSION_TABLE not in tables
 
     def _file(self) -> Path | None:
         """The file of an SQLite database, where it is one and the URL names it plainly."""
@@ -124,13 +134,14 @@ class Database:
         plain = self.is_sqlite and database and database != ":memory:" and not database.startswith("file:")
         return Path(database) if plain and database else None
 
-    def _make_folder(self) -> None:
+    def _make_file(self) -> None:
+        """Make an SQLite database's folder and file, readable by their owner alone: they hold conversations."""
         if file := self._file():
-            folder = file.parent
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.close(os.open(file, os.O_CREAT | os.O_RDONLY, 0o600))
             except OSError as error:
-                raise UsageError(f"the database's folder '{folder}' cannot be made: {error.strerror}") from error
+                raise StoreError(f"the database file '{file}' cannot be made: {error.strerror}") from error
 
 
 def _is_missing_table(error: DBAPIError) -> bool:
@@ -155,10 +166,22 @@ def _configure_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.execute("PRAGMA secure_delete = ON")
     cursor.execute("PRAGMA synchronous = FULL")
-    cursor.execute("PRAGMA journal_mode")
-    if cursor.fetchone() != ("wal",):
-        cursor.execute("PRAGMA journal_mode = WAL")
+    if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        _switch_to_wal(cursor)
     cursor.close()
+
+
+def _switch_to_wal(cursor: sqlite3.Cursor) -> None:
+    """Once in a file's life. SQLite does not wait here, whatever the busy timeout, so this does."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:

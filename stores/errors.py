@@ -22,6 +22,20 @@ _SQLITE = {
     "SQLITE_PERM": (StoreError, "cannot be opened: this user may not access it"),
 }
 
+_POSTGRES = {
+    "08": (StoreError, "lost the connection; try again"),
+    "25006": (StoreError, "is read-only; give this role write access"),
+    "28": (StoreError, "refuses this role; check user and password"),
+    "3D000": (StoreError, "does not exist on that server; create it first"),
+    "40": (StoreLockedError, "could not serialise this change with another; try again"),
+    "42501": (StoreError, "does not allow this role to do that; grant it the rights"),
+    "53100": (StoreError, "cannot grow: the disk is full; nothing of this change was written"),
+    "53300": (StoreLockedError, "has no connection left; try again"),
+    "55P03": (StoreLockedError, "is locked by another session; try again"),
+    "57": (StoreLockedError, "stopped the statement: it took too long or the server is going down; try again"),
+}
+"""By SQLSTATE: a code, or the class that its codes begin with."""
+
 
 @contextmanager
 def translated(name: str) -> Iterator[None]:
@@ -45,14 +59,17 @@ def translated(name: str) -> Iterator[None]:
 
 
 def _from_driver(name: str, error: DBAPIError) -> StoreError:
-    code = getattr(error.orig, "sqlite_errorname", None)
-    if code:
-        for prefix, (kind, text) in _SQLITE.items():
-            if code.startswith(prefix):
+    sqlite = getattr(error.orig, "sqlite_errorname", None)
+    postgres = getattr(error.orig, "sqlstate", None)
+    for code, table in ((sqlite, _SQLITE), (postgres, _POSTGRES)):
+        for prefix, (kind, text) in table.items():
+            if code and code.startswith(prefix):
                 return kind(f"database '{name}' {text}")
-    if isinstance(error, OperationalError) and error.connection_invalidated is False and not code:
+    if not sqlite and not postgres and isinstance(error, OperationalError):
         return StoreError(f"database '{name}' does not answer: {_one_line(error.orig)}")
-    return StoreError(f"database '{name}': {_one_line(error.orig)}")
+    # The server's first line alone: what follows may quote a row.
+    primary = getattr(getattr(error.orig, "diag", None), "message_primary", None)
+    return StoreError(f"database '{name}': {primary or _one_line(error.orig)}")
 
 
 def _one_line(error: BaseException | None) -> str:

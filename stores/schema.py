@@ -25,6 +25,9 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
+VERSION_TABLE = "prefmw_version"
+"""Where Alembic keeps the schema's revision; not its default name, which another program's database may hold."""
+
 HEAD = "0001"
 """The schema revision that this version of prefmw works with: the newest file in ``migrations/versions``."""
 
@@ -104,7 +107,6 @@ conversations = Table(
     metadata,
     Column("id", String(32), primary_key=True),
     _user_id(),
-    Column("system", Text, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
     Index(None, "user_id", "updated_at"),
@@ -119,6 +121,10 @@ turns = Table(
     Column(
         "conversation_id", String(32), ForeignKey("conversations.id", ondelete="CASCADE"), nullable=False, index=True
     ),
+    Column("system", Text, nullable=False),
+    Column(
+        "history", JSON, nullable=False
+    ),  # [[role, content]] before the prompt that are no turns of the conversation
     Column("prompt", Text, nullable=False),
     Column("text", Text, nullable=False),
     Column("finish_reason", String(16), nullable=False),

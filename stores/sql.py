@@ -24,9 +24,15 @@ from prefmw.preferences import (
     RecordedTurn,
     Revision,
     Source,
+    Stated,
     Turn,
     Weight,
+    check_key,
+    check_method,
     check_persona,
+    check_stated,
+    check_strength,
+    check_text,
     check_user_id,
 )
 from prefmw.preferences.store import Unchanged
@@ -76,8 +82,8 @@ class SQLPreferenceStore:
             user_id=check_user_id(user_id),
             persona=check_persona(persona),
             revision=1,
-            method=method,
-            strengths=dict(strengths or {}),
+            method=_checked_method(method),
+            strengths=_checked(strengths or {}),
         )
         with self._database.writing() as connection:
             try:
@@ -135,49 +141,33 @@ class SQLPreferenceStore:
             after = replace(
                 before,
                 persona=before.persona if persona is UNCHANGED else check_persona(persona),
-                method=before.method if method is UNCHANGED else method,
-                strengths=before.strengths if strengths is UNCHANGED else dict(strengths),
+                method=before.method if method is UNCHANGED else _checked_method(method),
+                strengths=before.strengths if strengths is UNCHANGED else _checked(strengths),
             )
             return self._write(connection, before, after, actor, reason)
 
-    def set_weights(
+    def write_weights(
         self,
         user_id: str,
-        weights: Mapping[str, float],
+        weights: Mapping[str, Stated | None],
         *,
         source: Source,
-        confidence: float = 1.0,
         actor: str,
         reason: str = "",
         expected_revision: int | None = None,
     ) -> Profile:
-        """Write one layer of each named dimension."""
+        """Write one source's layer of each named dimension; ``None`` removes it, uncovering what lies beneath."""
         with self._database.writing() as connection:
             before = self._lock(connection, user_id, expected_revision)
             now = datetime.now(UTC)
             layers = {(layer.dimension, layer.source): layer for layer in before.layers}
-            for dimension, value in weights.items():
-                old = layers.get((dimension, source))
-                if old is None or (old.value, old.confidence) != (value, confidence):
-                    layers[dimension, source] = Weight(dimension, source, float(value), confidence, now)
+            for dimension, stated in weights.items():
+                old = layers.pop((dimension, source), None)
+                if stated is None:
+                    continue
+                new = Weight(check_key(dimension), source, *check_stated(stated), updated_at=now)
+                layers[dimension, source] = old if old and replace(old, updated_at=now) == new else new
             return self._write(connection, before, replace(before, layers=_ordered(layers.values())), actor, reason)
-
-    def unset_weights(
-        self,
-        user_id: str,
-        dimensions: Iterable[str],
-        *,
-        source: Source,
-        actor: str,
-        reason: str = "",
-        expected_revision: int | None = None,
-    ) -> Profile:
-        """Remove one layer of each named dimension, uncovering what lies beneath."""
-        gone = {(dimension, source) for dimension in dimensions}
-        with self._database.writing() as connection:
-            before = self._lock(connection, user_id, expected_revision)
-            left = tuple(layer for layer in before.layers if (layer.dimension, layer.source) not in gone)
-            return self._write(connection, before, replace(before, layers=left), actor, reason)
 
     def revisions(self, user_id: str) -> Sequence[Revision]:
         """Every change of the profile, oldest first."""
@@ -198,11 +188,7 @@ class SQLPreferenceStore:
                 conversation_id = uuid.uuid4().hex[:16]
                 connection.execute(
                     insert(conversations).values(
-                        id=conversation_id,
-                        user_id=turn.user_id,
-                        system=_text(turn.system),
-                        created_at=now,
-                        updated_at=now,
+                        id=conversation_id, user_id=turn.user_id, created_at=now, updated_at=now
                     )
                 )
             else:
@@ -210,50 +196,43 @@ class SQLPreferenceStore:
                 connection.execute(
                     update(conversations)
                     .where(conversations.c.user_id == turn.user_id, conversations.c.id == conversation_id)
-                    .values(system=_text(turn.system), updated_at=now)
+                    .values(updated_at=now)
                 )
             values = asdict(turn) | {
                 "conversation_id": conversation_id,
-                "prompt": _text(turn.prompt),
+                "history": [[message.role, message.content] for message in turn.history],
                 "text": _text(turn.text),
                 "token_ids": list(turn.token_ids),
                 "output_tokens": turn.output_tokens,
                 "created_at": now,
             }
-            del values["system"]
             turn_id = connection.execute(insert(turns).values(values).returning(turns.c.id)).scalar_one()
         return Recorded(turn_id, conversation_id)
 
     def conversation(self, user_id: str, conversation_id: str | Literal["latest"]) -> Conversation:
-        """A conversation with its messages."""
+        """A conversation with its messages; a turn that was left without a reply is passed over."""
         with self._database.reading() as connection:
             self._read(connection, user_id)
             row = self._conversation(connection, user_id, conversation_id)
+            system = ""
             messages: list[Message] = []
-            for turn in self._turns(connection, user_id, row.id):
-                messages += [Message("user", turn.prompt), Message("assistant", turn.text)]
-            return Conversation(row.id, row.system, tuple(messages))
+            for turn in map(_turn, self._turns(connection, user_id, row.id)):
+                system = turn.system
+                messages += turn.history
+                if turn.text:
+                    messages += [Message("user", turn.prompt), Message("assistant", turn.text)]
+            return Conversation(row.id, system, tuple(messages))
 
     def turns(self, user_id: str, conversation_id: str) -> Sequence[RecordedTurn]:
         """The conversation's turns, oldest first."""
         with self._database.reading() as connection:
             row = self._conversation(connection, user_id, conversation_id)
-            return [
-                RecordedTurn(
-                    **{
-                        name: value
-                        for name, value in turn._mapping.items()
-                        if name not in {"token_ids", "output_tokens"}
-                    },
-                    system=row.system,
-                    token_ids=tuple(turn.token_ids),
-                )
-                for turn in self._turns(connection, user_id, row.id)
-            ]
+            return [_turn(turn) for turn in self._turns(connection, user_id, row.id)]
 
     # Rows
 
     def _read(self, connection: Connection, user_id: str) -> Profile:
+        check_user_id(user_id)
         rows = connection.execute(_PROFILE.where(users.c.id == user_id).order_by(*_LAYER_ORDER)).all()
         if not rows:
             raise UnknownUserError(
@@ -263,7 +242,7 @@ class SQLPreferenceStore:
 
     def _lock(self, connection: Connection, user_id: str, expected_revision: int | None) -> Profile:
         """The profile, with its user's row held until the transaction ends."""
-        connection.execute(select(users.c.id).where(users.c.id == user_id).with_for_update())
+        connection.execute(select(users.c.id).where(users.c.id == check_user_id(user_id)).with_for_update())
         profile = self._read(connection, user_id)
         if expected_revision is not None and profile.revision != expected_revision:
             raise ConflictError(
@@ -313,10 +292,10 @@ class SQLPreferenceStore:
             insert(revisions).values(
                 user_id=after.user_id,
                 number=after.revision,
-                actor=actor,
-                reason=reason,
+                actor=check_text(actor, "an actor")[:128],
+                reason=check_text(reason, "a reason"),
                 change=change,
-                snapshot=new,
+                snapshot=new | {"updated_at": {_layer_key(x): x.updated_at.isoformat() for x in after.layers}},
                 created_at=now,
             )
         )
@@ -327,7 +306,7 @@ class SQLPreferenceStore:
         if conversation_id == "latest":
             query = query.order_by(conversations.c.updated_at.desc(), conversations.c.id).limit(1)
         else:
-            query = query.where(conversations.c.id == conversation_id)
+            query = query.where(conversations.c.id == check_text(conversation_id, "a conversation's id"))
         row = connection.execute(query).first()
         if row is None:
             which = "conversation yet" if conversation_id == "latest" else f"conversation '{conversation_id[:32]}'"
@@ -369,6 +348,14 @@ def _profile(rows: Sequence[_Row]) -> Profile:
     return Profile(first.id, first.persona, first.revision, _ordered(layers), first.method, first.strengths)
 
 
+def _turn(row: Row[Any]) -> RecordedTurn:
+    values = dict(row._mapping)
+    del values["output_tokens"]  # the number of token ids
+    values["token_ids"] = tuple(row.token_ids)
+    values["history"] = tuple(Message(role, content) for role, content in row.history)
+    return RecordedTurn(**values)
+
+
 def _ordered(layers: Iterable[Weight]) -> tuple[Weight, ...]:
     return tuple(sorted(layers, key=lambda layer: (layer.dimension, layer.source)))
 
@@ -379,10 +366,22 @@ def _flat(profile: Profile) -> dict[str, Any]:
         "persona": profile.persona,
         "method": profile.method,
         **{f"strength.{method}": value for method, value in profile.strengths.items()},
-        **{
-            f"weight.{layer.dimension}.{layer.source.name}": [layer.value, layer.confidence] for layer in profile.layers
-        },
+        **{_layer_key(layer): [layer.value, layer.confidence] for layer in profile.layers},
     }
+
+
+def _layer_key(layer: Weight) -> str:
+    return f"weight.{layer.dimension}.{layer.source.name}"
+
+
+def _checked_method(method: str | None) -> str | None:
+    return None if method is None else check_method(method)
+
+
+def _checked(strengths: Mapping[str, float]) -> dict[str, float]:
+    for method, strength in strengths.items():
+        check_strength(check_method(method), strength)
+    return dict(strengths)
 
 
 def _text(text: str) -> str:

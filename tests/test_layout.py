@@ -76,7 +76,7 @@ ARROWS = {
     "prefmw.alignment": (),
     "prefmw.decoding": ("prefmw.alignment",),
     "prefmw.models": ("prefmw.preferences",),
-    "prefmw.settings": (),
+    "prefmw.settings": ("prefmw.preferences",),
     "prefmw.errors": (),
     "prefmw.reply": ("prefmw.preferences", "prefmw.decoding", "prefmw.models"),
     "prefmw.personalizer": (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from prefmw.errors import ContextLengthError, StoreError, UnknownUserError, UsageError
+from prefmw.alignment import combine_linear
+from prefmw.errors import ContextLengthError, EngineError, StoreError, UnknownUserError, UsageError
 from prefmw.personalizer import Defaults, Options, Personalizer
-from prefmw.preferences import Message, Source, default_dimensions
+from prefmw.preferences import Message, Source, Stated, default_dimensions
 
 QUESTION = [Message("user", "How do I fall asleep faster?")]
 SHORT = {"max_tokens": 24, "seed": 1}
@@ -60,7 +61,7 @@ def test_methods_differ_in_their_replies(make):
 def test_preferences_change_the_reply_and_none_ignores_them(make, people):
     personalizer = make()
     before = {m: personalizer.reply("alice", QUESTION, Options(method=m, **SHORT)).text for m in ("none", "linear")}
-    people.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
+    people.write_weights("alice", {"humor": Stated(1.0)}, source=Source.user, actor="test")
     after = {m: personalizer.reply("alice", QUESTION, Options(method=m, **SHORT)).text for m in ("none", "linear")}
     assert before["none"] == after["none"]
     assert before["linear"] != after["linear"]
@@ -87,7 +88,7 @@ def test_a_plan_s_hash_is_the_plan_s(make, people):
     assert plan_hash(seed=1) == plan_hash(seed=2)
     assert len({plan_hash(), plan_hash(method="prompt"), plan_hash(strength=3.0), plan_hash(top_p=0.5)}) == 4
     before = plan_hash()
-    people.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
+    people.write_weights("alice", {"humor": Stated(1.0)}, source=Source.user, actor="test")
     assert plan_hash() != before
 
 
@@ -127,9 +128,9 @@ def test_the_call_decides_then_the_user_then_the_default(make, people, asked, us
 def test_automatic_is_linear_with_a_preference_and_none_without(make, people):
     personalizer = make()
     assert personalizer.plan(people.profile("bob"), Options()).method == "none"
-    people.set_weights("bob", {"humor": 0.1}, source=Source.user, actor="test")
+    people.write_weights("bob", {"humor": Stated(0.1)}, source=Source.user, actor="test")
     assert personalizer.plan(people.profile("bob"), Options()).method == "none"  # too weak to be put into words
-    people.set_weights("bob", {"humor": 0.5}, source=Source.user, actor="test")
+    people.write_weights("bob", {"humor": Stated(0.5)}, source=Source.user, actor="test")
     assert personalizer.plan(people.profile("bob"), Options()).method == "linear"
 
 
@@ -257,29 +258,67 @@ def test_a_reader_that_leaves_keeps_the_partial_reply_marked_interrupted(make, p
     assert personalizer.reply("alice", QUESTION).finish_reason in {"stop", "length"}
 
 
-def test_an_engine_that_fails_in_mid_reply_leaves_a_turn_that_says_so(make, people, backend, monkeypatch):
-    from prefmw.errors import EngineError
+def test_an_engine_that_fails_in_mid_reply_leaves_a_turn_that_says_so(make, people, monkeypatch):
+    from prefmw import personalizer as module
 
+    steps = []
+
+    def breaking(views, parameters):
+        steps.append(1)
+        if len(steps) == 5:
+            raise RuntimeError("it broke")
+        return combine_linear(views, parameters)
+
+    monkeypatch.setattr(module, "combine_linear", breaking)
     stream = make().stream("alice", QUESTION, Options(seed=3, max_tokens=300))
-    with pytest.raises(EngineError), stream:
-        for index, _ in enumerate(stream):
-            if index == 2:
-                raise EngineError("it broke")
-    assert the_turn(people, stream.reply).finish_reason == "error"
+    with pytest.raises(EngineError, match="it broke"), stream:
+        list(stream)
+    turn = the_turn(people, stream.reply)
+    assert (turn.finish_reason, turn.output_tokens) == ("error", 4)
 
 
-def test_a_store_that_fails_to_record_is_told(make, people, monkeypatch):
+def test_a_store_that_fails_costs_the_record_and_not_the_reply(make, people, monkeypatch):
     def full(turn):
         raise StoreError("database is full")
 
     monkeypatch.setattr(people, "record", full)
-    with pytest.raises(StoreError, match="full"):
-        make().reply("alice", QUESTION)
+    reply = make().reply("alice", QUESTION)
+    assert reply.text
+    assert (reply.not_recorded, reply.turn_id) == ("database is full", None)
+
+
+def test_a_turn_is_recorded_once_however_often_the_stream_is_read(make, people):
+    with make().stream("alice", QUESTION, Options(seed=3, max_tokens=30)) as stream:
+        assert list(stream)
+        assert list(stream) == []
+    broken_off = make().stream("alice", QUESTION, Options(seed=3, max_tokens=300))
+    with broken_off:
+        next(iter(broken_off))
+    assert list(broken_off) == []
+    assert broken_off.reply.finish_reason == "interrupted"
+    for reply in (stream.reply, broken_off.reply):
+        assert len(people.turns("alice", reply.conversation_id)) == 1
+
+
+def test_a_stored_turn_decodes_to_the_same_tokens_again(make, people, backend):
+    """From what the store holds alone: two turns, the second after history that an application kept."""
+    talk = [Message("system", "Be kind."), Message("user", "Hi."), Message("assistant", "Hello."), *QUESTION]
+    first = make().reply("alice", talk, Options(method="linear", strength=3.0, temperature=1.2))
+    for turn in people.turns("alice", first.conversation_id):
+        plan = turn.plan
+        options = Options(plan["method"], plan["strength"], **plan["candidates"], seed=turn.seed)
+        again = [Message("system", turn.system), *turn.history, Message("user", turn.prompt)]
+        replay = make().stream("alice", again, options, log=False)
+        with replay:
+            list(replay)
+        assert tuple(replay._ids) == turn.token_ids
+        assert replay.reply.plan.principle == plan["principle"]
 
 
 def test_timing_adds_up(make):
     personalizer = make()
     first, second = personalizer.reply("alice", QUESTION), personalizer.reply("alice", QUESTION)
-    assert first.timing.load_s > 0 == second.timing.load_s
+    assert first.timing.load_s > 0
+    assert second.timing.load_s == 0
     assert second.timing.prefill_s > 0
     assert second.timing.ms_per_token == pytest.approx(1000 * second.timing.decode_s / 23)

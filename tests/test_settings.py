@@ -72,10 +72,38 @@ def test_tables_of_the_config_file_reach_transformers_as_they_are(home):
     assert settings.template_options == {"enable_thinking": False}
 
 
+def test_a_home_may_be_written_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PREFMW_HOME", "~/mine")
+    write_config(tmp_path / "mine", 'model = "found"')
+    settings = load_settings()
+    assert settings.model == "found"
+    assert settings.database_url == f"sqlite:///{tmp_path}/mine/prefmw.db"
+
+
+def test_a_path_that_looks_like_part_of_a_url_is_a_path(tmp_path):
+    from prefmw.stores import SQLPreferenceStore
+
+    file = tmp_path / "a?b=c%20#d.db"
+    SQLPreferenceStore(load_settings({"database": str(file)}).database_url).close()
+    assert file.exists()
+
+
+def test_entries_of_tables_from_the_environment_have_types(monkeypatch):
+    monkeypatch.setenv("PREFMW_TEMPLATE_OPTIONS__ENABLE_THINKING", "false")
+    monkeypatch.setenv("PREFMW_QUANTIZATION__BNB_4BIT_COMPUTE_DTYPE", "bfloat16")
+    settings = load_settings()
+    assert settings.template_options == {"enable_thinking": False}
+    assert settings.quantization == {"bnb_4bit_compute_dtype": "bfloat16"}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ("modle = 'x'", "'modle'"),
+        ("home = '/x'", "'home'"),
+        ("[strength]\nliner = 3.0", "liner"),
+        ("[strength]\nlinear = 30.0", r"\[0, 10\]"),
         ("max_tokens = 'many'", "PREFMW_MAX_TOKENS"),
         ("max_tokens = [", "not valid TOML"),
         ("\udcff", "not valid TOML"),

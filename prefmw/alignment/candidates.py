@@ -41,8 +41,9 @@ def nucleus(rule: Tensor, top_p: Tensor | float, temperature: Tensor | float = 1
     heat = per_row(temperature, rule, "temperature")
     heat = torch.where(heat == 0, torch.ones_like(heat), heat)
     ranked, order = (rule / heat).softmax(dim=1).sort(dim=1, descending=True, stable=True)
-    # A running sum in float64: float32 rounds away the many small terms of a large vocabulary.
-    before = ranked.double().cumsum(dim=1) - ranked
+    # A running sum in float64, where the device has it: float32 rounds away the small terms of a large vocabulary.
+    wide = torch.float32 if ranked.device.type == "mps" else torch.float64
+    before = ranked.cumsum(dim=1, dtype=wide) - ranked
     keep = ((before < mass) | (mass == 1)) & (ranked > 0)
     keep[:, 0] = True
     return torch.zeros_like(keep).scatter(1, order, keep)

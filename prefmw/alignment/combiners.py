@@ -1,10 +1,10 @@
 """Combiners: how a method turns its views' logits into the logits to sample from.
 
-A combiner takes the logits of all views of B requests that share it, and a strength for each request, so that many
-users with different strengths are combined by one call. It returns what to sample from and the rule's distribution,
-whose nucleus bounds the sampling (:mod:`prefmw.alignment.candidates`).
+A combiner takes the logits of all views of B requests that share it, and each request's own parameters (its strength,
+say), so that many users with different ones are combined by one call. It returns what to sample from and the rule's
+distribution, whose nucleus bounds the sampling (:mod:`prefmw.alignment.candidates`).
 
-Shapes: B requests, K views, V vocabulary.
+Shapes: B requests, K views, V vocabulary, P parameters.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ class Combined(NamedTuple):
 
 
 Combiner = Callable[[Tensor, Tensor], Combined]
-"""(views' logits (B, K, V), strengths (B,)) -> Combined."""
+"""(views' logits (B, K, V), parameters (B, P)) -> Combined."""
 
 
-def combine_plain(views: Tensor, strength: Tensor) -> Combined:
-    """One view, sampled as it is: methods ``none`` (without the principle) and ``prompt`` (with it)."""
+def combine_plain(views: Tensor, parameters: Tensor) -> Combined:
+    """One view and no parameter, sampled as it is: methods ``none`` and ``prompt``."""
     (logits,) = _views(views, 1)
     return Combined(logits, logits)
 
 
-def combine_linear(views: Tensor, strength: Tensor) -> Combined:
-    """Linear Alignment's released form over the views (without, with); the rule is the view with the principle."""
+def combine_linear(views: Tensor, parameters: Tensor) -> Combined:
+    """Linear Alignment's released form over the views (without, with), its one parameter the ratio.
+
+    The rule is the view with the principle.
+    """
     without, with_principle = _views(views, 2)
-    return Combined(scaled(without, with_principle, ratio=strength), with_principle)
+    return Combined(scaled(without, with_principle, ratio=parameters[:, 0]), with_principle)
 
 
 def _views(views: Tensor, count: int) -> list[Tensor]:

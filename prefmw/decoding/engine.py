@@ -66,7 +66,7 @@ class Engine:
             except queue.Full as error:
                 size = self._waiting.maxsize
                 raise EngineOverloadedError(f"the engine's queue is full ({size} requests); try again later") from error
-            if self._worker is None:
+            if self._worker is None or not self._worker.is_alive():  # the first request, or the first after a fork
                 self._worker = threading.Thread(target=self._work, name="prefmw-engine", daemon=True)
                 self._worker.start()
         return generation
@@ -120,7 +120,7 @@ class Engine:
         """Decode one request to its end; ``None`` if the engine was closed under it."""
         sampling = request.sampling
         generator = torch.Generator(device=self._device).manual_seed(sampling.seed)
-        strength = torch.tensor([request.strength], device=self._device)
+        parameters = torch.tensor([request.parameters], dtype=torch.float32, device=self._device)  # (1, P)
         tokens, mask = _left_padded([view.context for view in request.views], self._device)  # (K, T) each
         cache: Any = None
         for count in range(1, sampling.max_tokens + 1):
@@ -129,7 +129,7 @@ class Engine:
             if generation.cancelled:
                 return "cancelled"
             logits, cache = self._forward(tokens, mask, cache)  # (K, V)
-            combined = request.combiner(logits.unsqueeze(0), strength)  # (1, V)
+            combined = request.combiner(logits.unsqueeze(0), parameters)  # (1, V)
             token = draw(combined, sampling, generator)
             generation._drew()
             if token in request.stop_ids:

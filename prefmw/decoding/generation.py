@@ -45,8 +45,8 @@ class Generation:
 
     @property
     def decode_s(self) -> float:
-        """Seconds from the first token to the end."""
-        return _span(self.first_token_at, self.ended_at)
+        """Seconds from the first token to the end, or until now."""
+        return _span(self.first_token_at, self.ended_at or time.perf_counter())
 
     def __iter__(self) -> Iterator[int]:
         while self.finish_reason is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,8 +33,8 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise UsageError(f"temperature is 0 (greedy) or more, got {self.temperature:g}")
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
+            raise UsageError(f"temperature is 0 (greedy) or lies in [0.01, 100], got {self.temperature:g}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p lies in (0, 1], got {self.top_p:g}")
         if self.top_k is not None and self.top_k < 1:
@@ -48,10 +47,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One reply to decode: its views, the combiner that joins them, and the strength it runs at."""
+    """One reply to decode: its views, the combiner that joins them, and that combiner's parameters for this request."""
 
     views: tuple[View, ...]
     combiner: Combiner
     sampling: Sampling
-    strength: float = 0.0
+    parameters: tuple[float, ...] = ()
     stop_ids: frozenset[int] = field(default_factory=frozenset)

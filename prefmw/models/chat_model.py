@@ -6,7 +6,6 @@ Weights are read from safetensors only, and code that comes with a model runs on
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from prefmw.errors import ModelError, ModelNotFoundError, PrefmwError, UsageError
 from prefmw.models.templating import ChatTemplate
@@ -68,6 +68,7 @@ class ChatModel:
     tokenizer: Any
     template: ChatTemplate
     load_s: float
+    spec: ModelSpec
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +90,9 @@ class ChatModel:
     @cached_property
     def vocabulary(self) -> int:
         """Columns of the logits that are real tokens."""
-        return min(len(self.tokenizer), int(self.module.config.get_text_config().vocab_size))
+        columns = int(self.module.config.get_text_config().vocab_size)
+        ids: dict[str, int] = self.tokenizer.get_vocab()
+        return min(max(ids.values()) + 1, columns)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -117,6 +120,8 @@ def load_chat_model(spec: ModelSpec) -> ChatModel:
     weights = dict(common, use_safetensors=True)
     if spec.device_map is not None:
         weights["device_map"] = spec.device_map
+    elif spec.quantization is not None:  # quantised weights are put in place as they are read
+        weights["device_map"] = {"": str(device)}
     source = _locate(spec)
     try:
         if spec.quantization is not None:
@@ -129,7 +134,7 @@ def load_chat_model(spec: ModelSpec) -> ChatModel:
         template = ChatTemplate(tokenizer, name=spec.name, options=spec.template_options)
         dtype = _dtype(spec.dtype, device, config.dtype)
         module = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **weights)
-        if spec.device_map is None and spec.quantization is None:
+        if "device_map" not in weights:
             module = module.to(device)
     except PrefmwError:
         raise
@@ -142,13 +147,14 @@ def load_chat_model(spec: ModelSpec) -> ChatModel:
         tokenizer=tokenizer,
         template=template,
         load_s=time.perf_counter() - started,
+        spec=spec,
     )
 
 
 def check_transformers(installed: str | None = None) -> None:
     """Raise ModelError if transformers, in the ``installed`` version, is outside the supported range."""
     installed = installed or version("transformers")
-    release = tuple(int(part) for part in installed.split(".")[:2])
+    release = Version(installed).release[:2]
     if not TRANSFORMERS_MIN <= release < TRANSFORMERS_BELOW:
         low, high = (".".join(map(str, bound)) for bound in (TRANSFORMERS_MIN, TRANSFORMERS_BELOW))
         raise ModelError(
@@ -193,7 +199,10 @@ def _quantization(config: Mapping[str, Any]) -> Any:
 
 def _locate(spec: ModelSpec) -> str:
     """The folder or hub id to load from; tells a mistyped path from a hub id before transformers takes it for one."""
-    path = spec.path or Path(spec.name).expanduser()
+    try:
+        path = spec.path or Path(spec.name).expanduser()
+    except RuntimeError as error:  # ~somebody who does not exist
+        raise ModelNotFoundError(f"model '{spec.name}' does not exist; write the path out") from error
     looks_like_path = spec.name.startswith((".", "~", "/")) or spec.name.count("/") > 1 or not spec.name
     if path.is_file() or (looks_like_path and not path.exists()):
         what = "is a file" if path.is_file() else "does not exist"
@@ -206,16 +215,33 @@ def _locate(spec: ModelSpec) -> str:
 def _translated(name: str, source: str, error: Exception) -> PrefmwError:
     """The error of this tree that says what ``error`` means for a person who named a model."""
     if isinstance(error, OSError) and not Path(source).is_dir():
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        return ModelNotFoundError(
-            f"no model '{name}': no such folder here, and the hub gave none by that id{offline}; check the name, or "
-            "run 'prefmw models list'"
-        )
+        return _from_hub(name, error)
     if isinstance(error, ImportError):
         return ModelError(f"model '{name}' needs a package that is not installed: {_one_line(error)}")
     if isinstance(error, torch.OutOfMemoryError):
         return ModelError(f"model '{name}' does not fit the device's memory; quantise it, or choose a smaller one")
     return ModelError(f"model '{name}' could not be loaded: {type(error).__name__}: {_one_line(error)}")
+
+
+def _from_hub(name: str, error: OSError) -> PrefmwError:
+    """What the hub, or its absence, means: transformers wraps the hub's own exceptions in OSError."""
+    from huggingface_hub import constants, errors
+
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
+        return ModelError(f"model '{name}' is gated: accept its terms on the hub, then run: hf auth login")
+    if any(isinstance(cause, errors.RepositoryNotFoundError | errors.RevisionNotFoundError) for cause in causes):
+        return ModelNotFoundError(f"no model '{name}': no such folder here, and the hub knows no such id or revision")
+    if any(isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) for cause in causes):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        return ModelNotFoundError(f"no model '{name}': no such folder here, not in the local cache, and {why}")
+    if any(isinstance(cause, errors.HFValidationError) for cause in causes):
+        return ModelNotFoundError(f"no model '{name}': no such folder here, and no hub id looks like this")
+    return ModelError(f"model '{name}' could not be had from the hub: {_one_line(error)}")
 
 
 def _revision(source: str, revision: str | None) -> str:

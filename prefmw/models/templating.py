@@ -19,6 +19,9 @@ from typing import Any
 from prefmw.errors import ChatTemplateError, ModelError
 from prefmw.preferences import Message
 
+_MARKER = re.compile(r"[<\[{(|#]+[^\s<>]+[>\])}|:]+|[A-Z][A-Za-z]*:")
+"""What a turn marker of plain text looks like: ``<|user|>``, ``[INST]``, ``<<SYS>>``, ``USER:``."""
+
 Rendered = list[tuple[str, bool]]
 """A prompt in pieces: (text, whether it is somebody's content rather than the template's)."""
 
@@ -57,7 +60,10 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: no user message, or the template refuses the conversation.
         """
-        pieces = self._render(self._normalise(messages))
+        pieces = [
+            (self._text_markers.sub(_break, text) if content and self._text_markers else text, content)
+            for text, content in self._render(self._normalise(messages))
+        ]
         plain = self._tokenise("".join(text for text, _ in pieces))
         marked = self._tokenise("".join("a" if content else text for text, content in pieces))
         if self._controls(plain) == self._controls(marked):
@@ -69,6 +75,30 @@ class ChatTemplate:
                 "split; remove it"
             )
         return cut
+
+    @property
+    def _drops_reasoning(self) -> bool:
+        """Whether the template leaves earlier reasoning out, as Qwen3's and DeepSeek-R1's do; a mark would hide it."""
+        return "</think>" in str(self._tokenizer.chat_template)
+
+    @cached_property
+    def _text_markers(self) -> re.Pattern[str] | None:
+        """The template's turn markers that are plain text, such as Zephyr's ``<|user|>`` or Llama-2's ``[INST]``.
+
+        Nothing in the tokens tells such a marker from the same characters in a message, so a message's get a zero-width
+        space after the first.
+        """
+        talk = [Message("user", "a"), Message("assistant", "a"), Message("user", "a")]
+        pieces = self._render([Message("system", "a"), *talk] if self._takes_system else talk)
+        ends = [text for text, content in pieces if not content]
+        last_words = {words[-1] for text in ends if (words := self._after_controls(text).split())}
+        markers = sorted((word for word in last_words if _MARKER.fullmatch(word)), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, markers))) if markers else None
+
+    def _after_controls(self, text: str) -> str:
+        """What of a piece of the template stands behind its last control token."""
+        ends = [text.rfind(control) + len(control) for control in self._control_strings if control in text]
+        return text[max(ends, default=0) :]
 
     @cached_property
     def default_system(self) -> str:
@@ -117,10 +147,13 @@ class ChatTemplate:
         for message in messages:
             if message.role == "system":
                 continue
+            content = message.content
+            if message.role == "assistant" and self._drops_reasoning:
+                content = content.rpartition("</think>")[2].lstrip("\n")
             if turns and turns[-1].role == message.role:
-                turns[-1] = Message(message.role, f"{turns[-1].content}\n\n{message.content}")
+                turns[-1] = Message(message.role, f"{turns[-1].content}\n\n{content}")
             else:
-                turns.append(message)
+                turns.append(Message(message.role, content))
         if not turns or turns[-1].role != "user":
             raise ChatTemplateError("a conversation ends with a user's message, which the reply answers; add one")
         if system and self._takes_system:
@@ -174,9 +207,13 @@ class ChatTemplate:
 
     @cached_property
     def _control_strings(self) -> dict[str, int]:
-        """Every added token that is more than white space, by its string."""
+        """Added tokens by their string, but for white space and ordinary single characters."""
         added = self._tokenizer.added_tokens_decoder
-        return {str(token): index for index, token in added.items() if str(token).replace("▁", " ").strip()}
+        return {
+            str(token): index
+            for index, token in added.items()
+            if token.special or len(str(token).replace("▁", " ").strip()) > 1
+        }
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
@@ -201,3 +238,7 @@ class ChatTemplate:
             if any(content[start:end]):
                 cuts.append(start + 1)
         return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _break(marker: re.Match[str]) -> str:
+    return f"{marker[0][0]}\N{ZERO WIDTH SPACE}{marker[0][1:]}"

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from prefmw.errors import UsageError
 
 MAX_USER_ID = 128
 """Characters in a user id, at most."""
+
+MAX_KEY = 64
+"""Characters in a dimension's key, at most."""
 
 MAX_PERSONA = 4000
 """Characters in a persona, at most: it stands in front of every prompt."""
@@ -25,6 +28,13 @@ class Source(IntEnum):
     learned = 2
     user = 3
     admin = 4
+
+
+class Stated(NamedTuple):
+    """A weight as somebody states it: a value in [-1, 1] and how surely, in [0, 1]."""
+
+    value: float
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,30 @@ def check_user_id(user_id: str) -> str:
     if user_id != unicodedata.normalize("NFC", user_id):
         raise UsageError("a user id is written in Unicode's composed form (NFC), so that it has one spelling")
     return user_id
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` if it can name a dimension: 1 to 64 printable characters.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
+        raise UsageError(f"a dimension's key has 1 to {MAX_KEY} printable characters, got {len(key)}")
+    return key
+
+
+def check_stated(stated: Stated) -> Stated:
+    """Return ``stated`` if its value lies in [-1, 1] and its confidence in [0, 1].
+
+    Raises:
+        UsageError: either does not (NaN included).
+    """
+    if not -1 <= stated.value <= 1:
+        raise UsageError(f"a weight lies in [-1, 1], got {stated.value:g}")
+    if not 0 <= stated.confidence <= 1:
+        raise UsageError(f"a confidence lies in [0, 1], got {stated.confidence:g}")
+    return Stated(float(stated.value), float(stated.confidence))
 
 
 def check_persona(persona: str) -> str:

@@ -6,13 +6,13 @@ other must pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from typing import Any, Final, Literal, Protocol
 
-from prefmw.preferences.profile import Message, Profile, Revision, Source
+from prefmw.preferences.profile import Message, Profile, Revision, Source, Stated
 
 
 class Unchanged(Enum):
@@ -27,11 +27,16 @@ UNCHANGED: Final = Unchanged.token
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange, as it is recorded: what was asked, what was answered, and all that is needed to decode it again."""
+    """One exchange, as it is recorded: what was asked, what was answered, and all that is needed to decode it again.
+
+    ``history`` holds messages that came before the prompt and are no turns of its conversation, as where an application
+    keeps conversations itself.
+    """
 
     user_id: str
     conversation_id: str | None
     system: str
+    history: tuple[Message, ...]
     prompt: str
     text: str
     finish_reason: str
@@ -112,31 +117,20 @@ class PreferenceStore(Protocol):
         """Change what is given and nothing else. Raises ConflictError if the revision is not the expected one."""
         ...
 
-    def set_weights(
+    def write_weights(
         self,
         user_id: str,
-        weights: Mapping[str, float],
+        weights: Mapping[str, Stated | None],
         *,
         source: Source,
-        confidence: float = 1.0,
         actor: str,
         reason: str = "",
         expected_revision: int | None = None,
     ) -> Profile:
-        """Write one layer of each named dimension. Values are checked by the caller against its dimensions."""
-        ...
+        """Write one source's layer of each named dimension; ``None`` removes it, uncovering what lies beneath.
 
-    def unset_weights(
-        self,
-        user_id: str,
-        dimensions: Iterable[str],
-        *,
-        source: Source,
-        actor: str,
-        reason: str = "",
-        expected_revision: int | None = None,
-    ) -> Profile:
-        """Remove one layer of each named dimension, uncovering what lies beneath; a layer that is not there is fine."""
+        Values lie in [-1, 1]; whether a dimension takes them is the caller's to check against its registry.
+        """
         ...
 
     def revisions(self, user_id: str) -> Sequence[Revision]:

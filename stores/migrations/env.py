@@ -2,7 +2,12 @@
 
 from alembic import context
 
-from prefmw.stores.schema import metadata
+from prefmw.stores.schema import VERSION_TABLE, metadata
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=metadata, render_as_batch=True)
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    version_table=VERSION_TABLE,
+    render_as_batch=True,
+)
 context.run_migrations()

@@ -10,7 +10,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from prefmw.adapters.langchain import ChatPrefMW
 from prefmw.bootstrap import close_engines, open_store
 from prefmw.errors import UnknownUserError, UsageError
-from prefmw.preferences import Source
+from prefmw.preferences import Source, Stated
 from prefmw.settings import load_settings
 
 QUESTION = "How do I fall asleep faster?"
@@ -39,7 +39,7 @@ def test_a_reply_is_for_the_user_of_the_call(chat):
 
 
 def test_a_reply_says_what_was_applied(chat, people):
-    people.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="test")
+    people.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="test")
     reply = chat.invoke(QUESTION, user_id="alice")
     assert reply.response_metadata["finish_reason"] == "length"
     assert reply.response_metadata["model_name"] == chat.model
@@ -50,6 +50,7 @@ def test_a_reply_says_what_was_applied(chat, people):
         "strength": 2.0,
         "weights": {"humor": 0.5},
         "seed": 1,
+        "notices": [],
     }
     assert reply.usage_metadata["output_tokens"] == 24
 
@@ -106,14 +107,32 @@ def test_a_global_cache_keeps_nothing_of_one_user_for_another(chat, people):
     try:
         before = chat.invoke(QUESTION, user_id="alice")
         assert chat.invoke(QUESTION, user_id="bob").content != before.content
-        people.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
+        people.write_weights("alice", {"humor": Stated(1.0)}, source=Source.user, actor="test")
         assert chat.invoke(QUESTION, user_id="alice").response_metadata["prefmw"]["revision"] == 2
     finally:
         set_llm_cache(None)
 
 
-def test_building_the_object_is_free():
+def test_a_cache_of_its_own_is_refused():
+    from langchain_core.caches import InMemoryCache
+
+    with pytest.raises(ValueError, match="cache"):
+        ChatPrefMW(cache=InMemoryCache())
+
+
+def test_calls_at_once_share_one_store(chat, monkeypatch):
+    from prefmw.adapters import langchain as module
+
+    opened = []
+    monkeypatch.setattr(module, "open_store", lambda settings: opened.append(1) or open_store(settings))
+    replies = chat.batch([QUESTION] * 4, user_id="alice")
+    assert len({reply.content for reply in replies}) == 1
+    assert opened == [1]
+
+
+def test_building_the_object_is_free(home):
     ChatPrefMW(model="no-such-model", user_id="nobody")
+    assert not home.exists()
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ MISTAKES = {
     "taken id": (["users", "add", "alice"], 2, "already"),
     "persona of 1 MB": (["users", "edit", "alice", "--persona", "x" * 1_000_000], 2, "at most 4000 characters"),
     "persona that is no text": (["users", "edit", "alice", "--persona", "\udcff"], 2, "not valid UTF-8"),
-    "prompt that is no text": (["chat", "\udcff", "-u", "alice", "-m", "TOY"], 2, "not valid UTF-8"),
+    "prompt that is no text": (["chat", "\udcff", "-u", "alice"], 2, "not valid UTF-8"),
     "strength NaN": (["chat", "x", "-u", "alice", "--strength", "nan"], 2, "got nan"),
     "strength below range": (["chat", "x", "-u", "alice", "--strength", "-1"], 2, "[0, 10]"),
     "strength above range": (["chat", "x", "-u", "alice", "--strength", "11"], 2, "[0, 10]"),
@@ -287,7 +287,13 @@ MISTAKES = {
     "no conversation yet": (["chat", "x", "-u", "alice", "-c"], 2, "no conversation yet"),
     "no such conversation": (["chat", "x", "-u", "alice", "--conversation", "abc"], 2, "no conversation 'abc'"),
     "two conversations": (["chat", "x", "-u", "alice", "-c", "--conversation", "abc"], 2, "one of them"),
-    "prompt beyond the context": (["chat", "word " * 3000, "-u", "alice", "-m", "TOY"], 2, "512"),
+    "prompt beyond the context": (["chat", "word " * 3000, "-u", "alice"], 2, "512"),
+    "id that is no text": (["users", "show", "\udcff"], 2, "printable"),
+    "reason that is no text": (["prefs", "set", "alice", "humor=1", "--reason", "\udcff"], 2, "not valid UTF-8"),
+    "conversation that is no text": (["chat", "x", "-u", "alice", "--conversation", "\udcff"], 2, "not valid UTF-8"),
+    "model of nobody": (["chat", "x", "-u", "alice", "-m", "~no-such-person/x"], 2, "does not exist"),
+    "database of nobody": (["users", "list", "-d", "~no-such-person/x.db"], 2, "write it out"),
+    "database that is no text": (["users", "list", "-d", "\udcff"], 2, "UTF-8"),
     "unknown option": (["chat", "--nope"], 2, "--nope"),
     "unknown command": (["usres"], 2, "users"),
     "not a number": (["chat", "x", "--max-tokens", "many"], 2, "--max-tokens"),
@@ -297,10 +303,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_that_helps(name, prefmw, ok, alice, toy):
+def test_a_mistake_is_one_line_that_helps(name, prefmw, ok, alice, toy, monkeypatch):
+    monkeypatch.setenv("PREFMW_MODEL", str(toy))
     arguments, code, message = MISTAKES[name]
     before = ok("users", "list")
-    got, out, err = prefmw(*(str(toy) if argument == "TOY" else argument for argument in arguments))
+    got, out, err = prefmw(*arguments)
     assert (got, out) == (code, "")
     assert message in err
     assert re.fullmatch(r"prefmw: [^\n]+\n", err)
@@ -308,10 +315,12 @@ def test_a_mistake_is_one_line_that_helps(name, prefmw, ok, alice, toy):
     assert ok("users", "list") == before
 
 
-def test_the_default_model_is_named_where_it_is_missing(prefmw, alice, monkeypatch, tmp_path):
+@pytest.mark.parametrize("arguments", [[], ["x"], ["x", "-u", "bob"]])
+def test_the_default_model_is_named_where_it_is_missing(prefmw, monkeypatch, tmp_path, arguments):
     monkeypatch.setattr("prefmw.bootstrap.embedded_path", lambda name: tmp_path / name)
-    code, _, err = prefmw("chat", "x", "-u", "alice")
-    assert (code, "'tiny' is not in this installation" in err) == (2, True)
+    code, out, err = prefmw("chat", *arguments)
+    assert (code, out) == (2, "")
+    assert re.fullmatch("prefmw: the embedded chat model 'tiny' is not in this installation; [^\n]*-m[^\n]*\n", err)
 
 
 def test_a_model_without_a_chat_template_is_told(prefmw, alice, toy, tmp_path):
@@ -328,6 +337,39 @@ def test_transformers_outside_the_range_is_told(prefmw, alice, toy, monkeypatch)
     monkeypatch.setattr("prefmw.models.chat_model.version", lambda name: "4.40.0")
     code, _, err = prefmw("chat", "x", "-u", "alice", "-m", str(toy))
     assert (code, "transformers 4.40.0 is outside" in err) == (1, True)
+
+
+def test_a_turn_that_cannot_be_recorded_is_printed_all_the_same(prefmw, alice, toy, monkeypatch):
+    from prefmw.errors import StoreLockedError
+    from prefmw.stores import SQLPreferenceStore
+
+    def locked(self, turn):
+        raise StoreLockedError("database is locked")
+
+    monkeypatch.setattr(SQLPreferenceStore, "record", locked)
+    arguments = ["chat", "x", "-u", "alice", "-m", str(toy), "--max-tokens", "8"]
+    for extra in ([], ["--no-stream"], ["--json"]):
+        code, out, err = prefmw(*arguments, *extra)
+        assert (code, err) == (1, "prefmw: this turn was not recorded: database is locked\n")
+        assert len(out) > 4
+
+
+def test_a_strength_for_whatever_method_applies_is_noted_where_it_has_no_effect(prefmw, ok, toy):
+    ok("users", "add", "bob")
+    code, _, err = prefmw("chat", "x", "-u", "bob", "-m", str(toy), "--strength", "3", "--max-tokens", "4")
+    assert (code, err) == (0, "note: strength 3 has no effect: method 'none' takes none\n")
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_a_question_mark(home):
+    import os
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-c", "from prefmw.cli.main import main; main()", "users"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    subprocess.run([*command, "add", "alice", "--persona", "caf\u00e9"], check=True, capture_output=True)
+    shown = subprocess.run([*command, "show", "alice"], env=environment, capture_output=True, text=True)
+    assert (shown.returncode, "caf?" in shown.stdout) == (0, True)
 
 
 def test_a_missing_extra_prints_its_pip_command(prefmw, monkeypatch):

@@ -42,7 +42,7 @@ def sampling(**changes) -> Sampling:
 
 def decode(engine, *contexts, combiner=combine_plain, sampling=GREEDY, strength=0.0, stop=()):
     views = tuple(View(context) for context in contexts)
-    generation = engine.submit(Request(views, combiner, sampling, strength, frozenset(stop)))
+    generation = engine.submit(Request(views, combiner, sampling, (strength,), frozenset(stop)))
     return list(generation), generation.finish_reason
 
 
@@ -114,7 +114,7 @@ def test_global_random_state_is_left_alone(engine):
 def test_many_callers_at_once_get_what_each_gets_alone(engine):
     jobs = [(LONG[i:], SHORT[: i + 4], float(i)) for i in range(8)]
     alone = [decode(engine, a, b, combiner=combine_linear, strength=s)[0] for a, b, s in jobs]
-    together = [engine.submit(Request((View(a), View(b)), combine_linear, GREEDY, s)) for a, b, s in jobs]
+    together = [engine.submit(Request((View(a), View(b)), combine_linear, GREEDY, (s,))) for a, b, s in jobs]
     assert [list(generation) for generation in together] == alone
 
 
@@ -180,6 +180,8 @@ def test_requests_without_context_are_refused(engine, views):
         ("temperature", -1.0),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
+        ("temperature", 1e-40),
+        ("temperature", 1e308),
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_p", float("nan")),
@@ -195,7 +197,7 @@ def test_sampling_out_of_range_is_refused(field, value):
 
 
 def test_an_exception_reaches_its_owner_and_nobody_else(engine):
-    def broken(views, strength):
+    def broken(views, parameters):
         raise ValueError("no such thing")
 
     failing = engine.submit(Request((View(LONG),), broken, GREEDY))
@@ -207,7 +209,7 @@ def test_an_exception_reaches_its_owner_and_nobody_else(engine):
 
 
 def test_a_combiner_that_excludes_everything_falls_back_to_the_rule(engine):
-    def nothing(views, strength):
+    def nothing(views, parameters):
         return Combined(torch.full_like(views[:, 0], -torch.inf), views[:, 0])
 
     tokens, _ = decode(engine, LONG, combiner=nothing)
@@ -217,9 +219,9 @@ def test_a_combiner_that_excludes_everything_falls_back_to_the_rule(engine):
 def held(release: threading.Event):
     """A combiner that waits, so that a test holds the worker."""
 
-    def combiner(views, strength):
+    def combiner(views, parameters):
         release.wait(timeout=30)
-        return combine_plain(views, strength)
+        return combine_plain(views, parameters)
 
     return combiner
 

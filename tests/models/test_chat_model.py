@@ -36,6 +36,53 @@ def test_automatic_dtype_on_a_cpu_is_float32(copy):
     assert load_chat_model(ModelSpec(str(copy), device="cpu", dtype="bfloat16")).dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(("cuda", "mps", "chosen"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_automatic_device_is_cuda_then_mps_then_cpu(monkeypatch, cuda, mps, chosen):
+    from prefmw.models.chat_model import _device
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    assert _device("auto").type == chosen
+
+
+def test_an_end_token_behind_a_gap_of_ids_can_be_sampled(copy):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    end = next(token for token in tokenizer["added_tokens"] if token["content"] == "<|im_end|>")
+    vocabulary = tokenizer["model"]["vocab"]
+    del vocabulary["<|im_end|>"]
+    lost = max(vocabulary, key=vocabulary.get)  # leaves a gap in front of the end token
+    tokenizer["model"]["merges"] = [merge for merge in tokenizer["model"]["merges"] if "".join(merge) != lost]
+    end["id"] = vocabulary.pop(lost)
+    vocabulary["<|im_end|>"] = end["id"]
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    chat = load_chat_model(ModelSpec(str(copy)))
+    assert end["id"] in chat.stop_ids
+    assert end["id"] < chat.vocabulary
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        ("GatedRepoError", ModelError, "hf auth login"),
+        ("RepositoryNotFoundError", ModelNotFoundError, "knows no such id"),
+        ("RevisionNotFoundError", ModelNotFoundError, "knows no such id or revision"),
+        ("LocalEntryNotFoundError", ModelNotFoundError, "not in the local cache"),
+        (None, ModelError, "No space left"),
+    ],
+)
+def test_what_the_hub_says_is_told_for_what_it_is(cause, kind, message):
+    from huggingface_hub import errors
+
+    from prefmw.models.chat_model import _translated
+
+    error = OSError("No space left on device")
+    if cause:
+        error.__cause__ = getattr(errors, cause).__new__(getattr(errors, cause))
+    translated = _translated("some/model", "some/model", error)
+    assert type(translated) is kind
+    assert message in str(translated)
+
+
 def test_automatic_dtype_on_an_accelerator_is_the_checkpoint_s():
     from prefmw.models.chat_model import _dtype
 
@@ -129,7 +176,7 @@ def test_unknown_dtype_or_device_is_told(toy, changes):
         load_chat_model(ModelSpec(str(toy), **changes))
 
 
-@pytest.mark.parametrize("installed", ["4.57.1", "5.16.9", "6.0.0", "6.0.0.dev0"])
+@pytest.mark.parametrize("installed", ["4.57.1", "5.16.9", "6.0.0", "6.0.0.dev0", "6.0rc1"])
 def test_transformers_outside_the_supported_range_is_refused(installed):
     with pytest.raises(ModelError, match="pip install 'transformers>=5.17,<6.0'"):
         check_transformers(installed)

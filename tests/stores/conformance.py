@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from prefmw.errors import ConflictError, UnknownConversationError, UnknownUserError, UsageError, UserExistsError
-from prefmw.preferences import Message, PreferenceStore, Source, Turn
+from prefmw.preferences import Message, PreferenceStore, Source, Stated, Turn
 
 PERSONA = "I'm a nurse on night shifts; keep it short — 夜勤 🛌"
 
@@ -17,6 +17,7 @@ def turn(user_id: str = "alice", conversation_id: str | None = None, **changes) 
         "user_id": user_id,
         "conversation_id": conversation_id,
         "system": "",
+        "history": (),
         "prompt": "How do I fall asleep faster?",
         "text": "Keep the room dark.",
         "finish_reason": "stop",
@@ -83,7 +84,7 @@ class StoreConformance:
     def test_users_come_in_order_each_with_their_own_weights(self, store):
         for name in ("carol", "alice", "bob"):
             store.add_user(name, actor="test")
-        store.set_weights("bob", {"humor": 1.0, "verbosity": -1.0}, source=Source.user, actor="test")
+        store.write_weights("bob", {"humor": Stated(1.0), "verbosity": Stated(-1.0)}, source=Source.user, actor="test")
         assert [(p.user_id, sorted(p.weights)) for p in store.users()] == [
             ("alice", []),
             ("bob", ["humor", "verbosity"]),
@@ -95,8 +96,8 @@ class StoreConformance:
         [
             lambda s: s.profile("nobody"),
             lambda s: s.edit_user("nobody", persona="x", actor="test"),
-            lambda s: s.set_weights("nobody", {"humor": 1.0}, source=Source.user, actor="test"),
-            lambda s: s.unset_weights("nobody", ["humor"], source=Source.user, actor="test"),
+            lambda s: s.write_weights("nobody", {"humor": Stated(1.0)}, source=Source.user, actor="test"),
+            lambda s: s.write_weights("nobody", {"humor": None}, source=Source.user, actor="test"),
             lambda s: s.revisions("nobody"),
             lambda s: s.record(turn("nobody")),
             lambda s: s.conversation("nobody", "latest"),
@@ -118,9 +119,9 @@ class StoreConformance:
 
     def test_every_change_makes_the_next_revision_with_who_when_why_and_what(self, store):
         store.add_user("alice", persona="a", actor="admin", reason="new here")
-        store.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="alice", reason="likes jokes")
+        store.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="alice", reason="likes jokes")
         store.edit_user("alice", persona="b", actor="admin")
-        store.unset_weights("alice", ["humor"], source=Source.user, actor="alice")
+        store.write_weights("alice", {"humor": None}, source=Source.user, actor="alice")
         first, second, third, fourth = store.revisions("alice")
         assert [revision.number for revision in (first, second, third, fourth)] == [1, 2, 3, 4]
         assert (first.actor, first.reason, first.change) == ("admin", "new here", {"persona": ["", "a"]})
@@ -132,11 +133,11 @@ class StoreConformance:
 
     def test_a_change_of_nothing_makes_no_revision(self, store):
         store.add_user("alice", persona="a", actor="test")
-        store.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="test")
+        store.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="test")
         before = store.profile("alice")
         store.edit_user("alice", persona="a", actor="test")
-        store.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="test")
-        store.unset_weights("alice", ["verbosity"], source=Source.user, actor="test")
+        store.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="test")
+        store.write_weights("alice", {"verbosity": None}, source=Source.user, actor="test")
         assert store.profile("alice") == before
 
     def test_a_change_of_an_outdated_profile_is_refused(self, store):
@@ -144,44 +145,84 @@ class StoreConformance:
         store.edit_user("alice", persona="b", actor="test", expected_revision=1)
         for change in (
             lambda: store.edit_user("alice", persona="c", actor="test", expected_revision=1),
-            lambda: store.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="t", expected_revision=1),
-            lambda: store.unset_weights("alice", ["humor"], source=Source.user, actor="t", expected_revision=1),
+            lambda: store.write_weights(
+                "alice", {"humor": Stated(1.0)}, source=Source.user, actor="t", expected_revision=1
+            ),
+            lambda: store.write_weights("alice", {"humor": None}, source=Source.user, actor="t", expected_revision=1),
         ):
             with pytest.raises(ConflictError, match="revision 2"):
                 change()
         assert store.profile("alice").persona == "b"
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda s: s.write_weights("alice", {"humor": Stated(float("nan"))}, source=Source.user, actor="t"),
+            lambda s: s.write_weights("alice", {"humor": Stated(1.1)}, source=Source.user, actor="t"),
+            lambda s: s.write_weights("alice", {"humor": Stated(1.0, 2.0)}, source=Source.user, actor="t"),
+            lambda s: s.write_weights("alice", {"x" * 65: Stated(1.0)}, source=Source.user, actor="t"),
+            lambda s: s.write_weights("alice", {"a\nb": Stated(1.0)}, source=Source.user, actor="t"),
+            lambda s: s.edit_user("alice", method="bogus", actor="t"),
+            lambda s: s.edit_user("alice", strengths={"linear": 99.0}, actor="t"),
+            lambda s: s.edit_user("alice", strengths={"none": 1.0}, actor="t"),
+            lambda s: s.edit_user("alice", persona="x", actor="t", reason="\udcff"),
+            lambda s: s.edit_user("\udcff", persona="x", actor="t"),
+            lambda s: s.profile("\udcff"),
+            lambda s: s.conversation("alice", "\udcff"),
+        ],
+    )
+    def test_values_out_of_range_are_refused_and_nothing_changes(self, store, change):
+        store.add_user("alice", actor="test")
+        before = store.profile("alice")
+        with pytest.raises(UsageError):
+            change(store)
+        assert store.profile("alice") == before
+
     # Weights in layers
+
+    def test_some_layers_are_written_and_others_removed_in_one_revision(self, store):
+        store.add_user("alice", actor="test")
+        first = {"humor": Stated(0.5, 0.7), "verbosity": Stated(0.2, 0.9)}
+        store.write_weights("alice", first, source=Source.inferred, actor="test")
+        second = {"humor": None, "formality": Stated(-1.0, 0.4)}
+        after = store.write_weights("alice", second, source=Source.inferred, actor="test")
+        assert {key: (w.value, w.confidence) for key, w in after.weights.items()} == {
+            "verbosity": (0.2, 0.9),
+            "formality": (-1.0, 0.4),
+        }
+        assert after.revision == 3
 
     def test_the_strongest_source_is_in_effect_and_unset_uncovers_the_next(self, store):
         store.add_user("alice", actor="test")
         for source, value in zip(Source, (0.1, 0.2, 0.3, 0.4), strict=True):
-            store.set_weights("alice", {"humor": value}, source=source, actor="test")
+            store.write_weights("alice", {"humor": Stated(value)}, source=source, actor="test")
         assert effective(store.profile("alice")) == {"humor": (0.4, "admin")}
         for source, left in zip(reversed(Source), ("user", "learned", "inferred"), strict=False):
-            store.unset_weights("alice", ["humor"], source=source, actor="test")
+            store.write_weights("alice", {"humor": None}, source=source, actor="test")
             assert effective(store.profile("alice"))["humor"][1] == left
-        store.unset_weights("alice", ["humor"], source=Source.inferred, actor="test")
+        store.write_weights("alice", {"humor": None}, source=Source.inferred, actor="test")
         assert store.profile("alice").weights == {}
 
     def test_a_weaker_source_never_overwrites_a_stronger_one(self, store):
         store.add_user("alice", actor="test")
-        store.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
-        store.set_weights("alice", {"humor": -1.0}, source=Source.inferred, confidence=0.5, actor="test")
+        store.write_weights("alice", {"humor": Stated(1.0)}, source=Source.user, actor="test")
+        store.write_weights("alice", {"humor": Stated(-1.0, 0.5)}, source=Source.inferred, actor="test")
         assert effective(store.profile("alice")) == {"humor": (1.0, "user")}
 
     def test_setting_one_dimension_leaves_the_others(self, store):
         store.add_user("alice", actor="test")
-        store.set_weights("alice", {"humor": 1.0, "verbosity": -0.5}, source=Source.user, actor="test")
-        store.set_weights("alice", {"humor": 0.0}, source=Source.user, actor="test")
+        store.write_weights(
+            "alice", {"humor": Stated(1.0), "verbosity": Stated(-0.5)}, source=Source.user, actor="test"
+        )
+        store.write_weights("alice", {"humor": Stated(0.0)}, source=Source.user, actor="test")
         assert effective(store.profile("alice")) == {"humor": (0.0, "user"), "verbosity": (-0.5, "user")}
 
     def test_one_user_s_change_leaves_another_as_they_were(self, store):
         store.add_user("alice", actor="test")
         store.add_user("bob", persona="b", actor="test")
         before = store.profile("bob")
-        store.set_weights("alice", {"humor": 1.0}, source=Source.user, actor="test")
-        store.unset_weights("bob", ["verbosity"], source=Source.user, actor="test")
+        store.write_weights("alice", {"humor": Stated(1.0)}, source=Source.user, actor="test")
+        store.write_weights("bob", {"verbosity": None}, source=Source.user, actor="test")
         assert store.profile("bob") == before
 
     def test_writers_at_once_lose_no_update(self, store):
@@ -191,7 +232,9 @@ class StoreConformance:
         def write(index: int) -> None:
             try:
                 for step in range(5):
-                    store.set_weights("alice", {f"d{index}": step / 10 + 0.1}, source=Source.user, actor=f"w{index}")
+                    store.write_weights(
+                        "alice", {f"d{index}": Stated(step / 10 + 0.1)}, source=Source.user, actor=f"w{index}"
+                    )
             except BaseException as error:
                 failures.append(error)
 
@@ -217,17 +260,31 @@ class StoreConformance:
 
     def test_turns_follow_each_other_in_a_conversation(self, store):
         store.add_user("alice", actor="test")
-        first = store.record(turn(prompt="one?", text="one."))
-        second = store.record(turn(prompt="two?", text="two.", conversation_id=first.conversation_id, system="s"))
+        first = store.record(turn(prompt="one?", text="one.", system="s"))
+        second = store.record(turn(prompt="two?", text="two.", conversation_id=first.conversation_id, system="t"))
         assert first.conversation_id == second.conversation_id
         conversation = store.conversation("alice", first.conversation_id)
-        assert conversation.system == "s"
+        assert conversation.system == "t"
+        assert [back.system for back in store.turns("alice", first.conversation_id)] == ["s", "t"]
         assert conversation.messages == (
             Message("user", "one?"),
             Message("assistant", "one."),
             Message("user", "two?"),
             Message("assistant", "two."),
         )
+
+    def test_history_that_an_application_kept_comes_before_its_turn(self, store):
+        store.add_user("alice", actor="test")
+        earlier = (Message("user", "zero?"), Message("assistant", "zero."))
+        recorded = store.record(turn(prompt="one?", text="one.", history=earlier))
+        assert store.turns("alice", recorded.conversation_id)[0].history == earlier
+        assert store.conversation("alice", recorded.conversation_id).messages[:2] == earlier
+
+    def test_a_turn_without_a_reply_is_kept_and_passed_over(self, store):
+        store.add_user("alice", actor="test")
+        recorded = store.record(turn(text="", token_ids=(), finish_reason="interrupted"))
+        assert store.conversation("alice", recorded.conversation_id).messages == ()
+        assert len(store.turns("alice", recorded.conversation_id)) == 1
 
     def test_the_latest_conversation_is_the_one_last_spoken_in(self, store):
         store.add_user("alice", actor="test")

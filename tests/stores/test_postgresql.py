@@ -60,6 +60,65 @@ def test_an_empty_database_asks_for_the_upgrade(url):
         SQLPreferenceStore(url)
 
 
+def test_another_program_s_database_is_left_alone(url):
+    database = Database(url)
+    with database.writing() as connection:
+        connection.exec_driver_sql("CREATE TABLE theirs (id INTEGER)")
+    with pytest.raises(SchemaVersionError, match="another program's"):
+        database.upgrade()
+    database.close()
+
+
+def test_upgrades_at_once_wait_for_each_other(url):
+    import threading
+
+    barrier, failures = threading.Barrier(4), []
+
+    def upgrade() -> None:
+        database = Database(url)
+        barrier.wait(30)
+        try:
+            database.upgrade()
+        except BaseException as error:
+            failures.append(error)
+        database.close()
+
+    threads = [threading.Thread(target=upgrade) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    SQLPreferenceStore(url).close()
+
+
+def test_the_migrations_make_the_schema_that_the_code_uses(store):
+    from tests.stores.test_schema import differences
+
+    assert differences(store) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("SET statement_timeout = 20; SELECT pg_sleep(5)", "took too long"),
+        ("SET default_transaction_read_only = on; COMMIT; BEGIN; DELETE FROM users", "read-only"),
+        ("SELECT 1 / 0", "division by zero"),
+    ],
+)
+def test_what_the_server_says_is_told_for_what_it_is(store, statement, message):
+    with pytest.raises(StoreError, match=message) as caught, store._database.writing() as connection:
+        for part in statement.split("; "):
+            connection.exec_driver_sql(part)
+    assert "does not answer" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_database_that_does_not_exist_is_told():
+    with pytest.raises(StoreError, match="does not exist"):
+        SQLPreferenceStore(f"postgresql+psycopg://postgres@{SERVER}/no_such_database_here")
+
+
 def test_upgrading_twice_changes_nothing(url):
     database = Database(url)
     assert database.upgrade() == (None, "0001")

@@ -7,13 +7,17 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from prefmw.stores.schema import HEAD, metadata
+from prefmw.stores.schema import HEAD, VERSION_TABLE, metadata
+
+
+def differences(store) -> list:
+    with store._database.reading() as connection:
+        options = {"compare_type": True, "version_table": VERSION_TABLE}
+        return compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
 
 
 def test_migrations_make_the_schema_that_the_code_uses(store):
-    with store._database.reading() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, metadata) == []
+    assert differences(store) == []
 
 
 def test_head_is_the_newest_migration():

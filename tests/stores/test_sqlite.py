@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sqlite3
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from sqlalchemy import event
 
 from prefmw.errors import SchemaVersionError, StoreError, StoreLockedError, UsageError
-from prefmw.preferences import Source
+from prefmw.preferences import Source, Stated
 from prefmw.stores import SQLPreferenceStore, database
 from tests.stores.conformance import StoreConformance, turn
 
@@ -40,7 +41,7 @@ def test_connections_are_durable_and_overwrite_what_is_deleted(store):
 
 def test_rows_are_what_the_schema_says(store, file):
     store.add_user("alice", persona="p", actor="test")
-    store.set_weights("alice", {"humor": 0.5}, source=Source.inferred, confidence=0.7, actor="test")
+    store.write_weights("alice", {"humor": Stated(0.5, 0.7)}, source=Source.inferred, actor="test")
     store.record(turn())
     with sqlite3.connect(file) as raw:
         assert raw.execute("SELECT id, persona, revision FROM users").fetchall() == [("alice", "p", 2)]
@@ -54,7 +55,7 @@ def test_rows_are_what_the_schema_says(store, file):
 
 def test_deleting_a_user_s_row_takes_all_that_hangs_on_it(store):
     store.add_user("alice", actor="test")
-    store.set_weights("alice", {"humor": 0.5}, source=Source.user, actor="test")
+    store.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="test")
     store.record(turn())
     with store._database.writing() as connection:
         connection.exec_driver_sql("DELETE FROM users")
@@ -71,12 +72,12 @@ def test_a_fresh_file_gets_its_schema_and_its_folder(tmp_path):
 def test_what_is_acknowledged_survives_kill(file):
     script = f"""
 from prefmw.stores import SQLPreferenceStore
-from prefmw.preferences import Source
+from prefmw.preferences import Source, Stated
 import os, signal
 store = SQLPreferenceStore("sqlite:///{file}")
 store.add_user("alice", actor="test")
 for step in range(30):
-    store.set_weights("alice", {{"humor": step / 100}}, source=Source.user, actor="test")
+    store.write_weights("alice", {{"humor": Stated(step / 100)}}, source=Source.user, actor="test")
     print(step, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -86,11 +87,37 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert reopened(file).profile("alice").weights["humor"].value == 0.29
 
 
-def test_processes_that_open_a_fresh_file_at_once_all_succeed(file):
-    script = f"from prefmw.stores import SQLPreferenceStore; SQLPreferenceStore('sqlite:///{file}').close()"
-    running = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) for _ in range(4)]
-    outcomes = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
-    assert outcomes == [(b"", 0)] * 4
+def test_processes_that_open_a_fresh_file_at_once_all_succeed(tmp_path):
+    """They wait for each other at a barrier, so that they really meet, over ten files."""
+    context = multiprocessing.get_context("fork")
+    barrier, failures = context.Barrier(4), context.Queue()
+
+    def open_all() -> None:
+        for index in range(10):
+            barrier.wait(30)
+            try:
+                reopened(tmp_path / f"{index}.db").close()
+            except BaseException as error:
+                failures.put(repr(error))
+
+    running = [context.Process(target=open_all) for _ in range(4)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0] * 4
+    assert failures.empty(), failures.get()
+
+
+def test_nobody_else_may_read_the_file(tmp_path):
+    file = tmp_path / "new" / "p.db"
+    store = reopened(file)
+    store.add_user("alice", actor="test")
+    files = list(file.parent.iterdir())
+    assert len(files) == 3  # with the write-ahead log and its index
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o600"}
+    assert oct(file.parent.stat().st_mode & 0o777) == "0o700"
+    store.close()
 
 
 def test_a_locked_database_is_told_and_nothing_is_written(store, file, monkeypatch):
@@ -146,7 +173,7 @@ def test_a_full_disk_is_told_and_the_change_is_undone(store):
 @pytest.mark.parametrize("content", [b"not a database, whatever its name says" * 50, b"\x00" * 4096])
 def test_a_file_that_is_no_database_is_told_and_left_alone(file, content):
     file.write_bytes(content)
-    with pytest.raises(StoreError, match="not an SQLite database|has no prefmw schema"):
+    with pytest.raises(StoreError, match="not an SQLite database"):
         reopened(file)
     assert file.read_bytes() == content
 
@@ -154,13 +181,16 @@ def test_a_file_that_is_no_database_is_told_and_left_alone(file, content):
 def test_another_program_s_database_is_left_alone(file):
     with sqlite3.connect(file) as other:
         other.execute("CREATE TABLE theirs (id INTEGER)")
-    with pytest.raises(SchemaVersionError, match="no prefmw schema"):
-        reopened(file)
+    for call in (lambda: reopened(file), lambda: database.Database(f"sqlite:///{file}").upgrade()):
+        with pytest.raises(SchemaVersionError, match="another program's"):
+            call()
+    with sqlite3.connect(file) as other:
+        assert [row[0] for row in other.execute("SELECT name FROM sqlite_master")] == ["theirs"]
 
 
 def test_a_database_of_a_newer_schema_is_refused(store, file):
     with store._database.writing() as connection:
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        connection.exec_driver_sql("UPDATE prefmw_version SET version_num = '9999'")
     for call in (lambda: reopened(file), store._database.upgrade):
         with pytest.raises(SchemaVersionError, match="9999, newer"):
             call()
@@ -168,7 +198,7 @@ def test_a_database_of_a_newer_schema_is_refused(store, file):
 
 def test_a_database_of_an_older_schema_asks_for_the_upgrade(store, file):
     with store._database.writing() as connection:
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0000'")
+        connection.exec_driver_sql("UPDATE prefmw_version SET version_num = '0000'")
     with pytest.raises(SchemaVersionError, match="prefmw db upgrade"):
         reopened(file)
 
