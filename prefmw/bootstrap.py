@@ -96,7 +96,7 @@ def find_embedded(model: str) -> Path | None:
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(
             f"the embedded chat model '{model}' is not in this installation; name one with -m: a folder, or a hub id "
-            "such as Qwen/Qwen3-0.6B"
+            "such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     return path
 

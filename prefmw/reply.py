@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: ``load_s`` for weights and tokenizer (0 if loaded before), prefill to first token, decoding."""
+    """Seconds: ``load_s`` for weights and tokenizer (0 but for a personalizer's first reply), prefill, decoding."""
 
     load_s: float
     prefill_s: float

@@ -37,7 +37,8 @@ def scaled(without: Tensor, with_principle: Tensor, ratio: Tensor | float) -> Te
     Raises:
         ValueError: shapes differ, a logit is NaN or +inf, or a ratio is negative or not finite.
 
-    Source: Eq. 16 without its norm, as in the released code (departure 1 in docs/architecture.md).
+    Source: Eq. 16 without its norm and from z1 rather than z0, as in the released code (departures 1 and 2 in
+    docs/architecture.md).
     """
     z0, z1 = check_logits(without, with_principle)
     step = per_row(ratio, z1, "ratio")

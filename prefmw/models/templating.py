@@ -90,15 +90,17 @@ class ChatTemplate:
         """
         talk = [Message("user", "a"), Message("assistant", "a"), Message("user", "a")]
         pieces = self._render([Message("system", "a"), *talk] if self._takes_system else talk)
-        ends = [text for text, content in pieces if not content]
-        last_words = {words[-1] for text in ends if (words := self._after_controls(text).split())}
-        markers = sorted((word for word in last_words if _MARKER.fullmatch(word)), key=len, reverse=True)
+        ours = [self._outside_controls(text) for text, content in pieces if not content]
+        # What opens a content stands behind the last control token in front of it, what closes one before the first.
+        edges = [words[-1] for parts in ours if (words := parts[-1].split())]
+        edges += [words[0] for parts in ours[not pieces[0][1] :] if (words := parts[0].split())]
+        markers = sorted({edge for edge in edges if _MARKER.fullmatch(edge)}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, markers))) if markers else None
 
-    def _after_controls(self, text: str) -> str:
-        """What of a piece of the template stands behind its last control token."""
-        ends = [text.rfind(control) + len(control) for control in self._control_strings if control in text]
-        return text[max(ends, default=0) :]
+    def _outside_controls(self, text: str) -> list[str]:
+        """What of a piece of the template stands before, between and behind its control tokens."""
+        longest_first = sorted(self._control_strings, key=len, reverse=True)
+        return re.split("|".join(map(re.escape, longest_first)), text) if longest_first else [text]
 
     @cached_property
     def default_system(self) -> str:
