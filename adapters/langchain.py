@@ -2,7 +2,7 @@
 
 ::
 
-    chat = ChatPrefMW(model="Qwen/Qwen3-0.6B")
+    chat = ChatPrefMW(model="Qwen/Qwen2.5-0.5B-Instruct")
     chat.invoke("How do I fall asleep faster?", user_id="alice")
 """
 

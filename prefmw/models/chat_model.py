@@ -31,7 +31,7 @@ class ModelSpec:
     """Which chat model to load, and how.
 
     Args:
-        name: a path, or a hub id such as ``Qwen/Qwen3-0.6B``.
+        name: a path, or a hub id such as ``Qwen/Qwen2.5-0.5B-Instruct``.
         path: a folder to load instead of looking ``name`` up.
         revision: of a hub id: branch, tag or commit.
         device: ``auto`` (cuda, else mps, else cpu) or a torch device.

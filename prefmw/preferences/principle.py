@@ -1,7 +1,7 @@
 """The principle text: a profile in words, as Linear Alignment and preference prompting read it.
 
-Source: Linear Alignment (papers index in docs/architecture.md), Appendix B, "Personal preference evaluation prompts": the
-sentence about the person who asked. The pole sentences after it are prefmw's own.
+Source: Linear Alignment (papers index in docs/architecture.md), Appendix B, "Personal preference evaluation prompts":
+the sentence about the person who asked. The pole sentences after it are prefmw's own.
 """
 
 from __future__ import annotations
