@@ -12,7 +12,7 @@ import typer
 
 from prefmw.cli.options import DatabaseOption, actor
 from prefmw.cli.output import emit, print_json, say
-from prefmw.errors import UnknownUserError, UsageError
+from prefmw.errors import PrefmwError, UnknownUserError, UsageError
 
 if TYPE_CHECKING:
     from prefmw.personalizer import Options, Personalizer
@@ -54,7 +54,7 @@ class Session:
                     if show and self.streams:
                         emit(piece)
                         shown = True
-        except BaseException:
+        except (KeyboardInterrupt, PrefmwError):
             if shown:
                 print(file=sys.stderr)  # what is said next begins a line
             raise
