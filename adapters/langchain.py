@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from pydantic import ConfigDict, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from prefmw.bootstrap import build_personalizer, open_store
 from prefmw.errors import UsageError
@@ -25,6 +25,16 @@ from prefmw.personalizer import Options, Personalizer
 from prefmw.preferences import Message
 from prefmw.reply import Reply, ReplyStream
 from prefmw.settings import load_settings
+
+_opening = threading.Lock()
+
+
+class _Opened(NamedTuple):
+    """What a ChatPrefMW works with once it was called: made for these flags."""
+
+    flags: dict[str, Any]
+    personalizer: Personalizer
+    log: bool
 
 
 class ChatPrefMW(BaseChatModel):
@@ -35,7 +45,7 @@ class ChatPrefMW(BaseChatModel):
     environment variables and config file.
     """
 
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=(), extra="forbid")
 
     user_id: str | None = None
     """Whose preferences apply where a call names no user."""
@@ -64,7 +74,7 @@ class ChatPrefMW(BaseChatModel):
     seed: int | None = None
     """The same seed gives the same reply."""
 
-    database: str | None = None
+    database: str | None = Field(default=None, repr=False)  # it may hold a password
     """SQLAlchemy URL or SQLite file of the preferences."""
 
     log: bool | None = None
@@ -73,8 +83,7 @@ class ChatPrefMW(BaseChatModel):
     cache: Literal[False] = False
     """Off, and not to be switched on: a LangChain cache would not see that a user's preferences changed."""
 
-    _opened: tuple[Personalizer, bool] | None = PrivateAttr(default=None)
-    _lock: Any = PrivateAttr(default_factory=threading.Lock)
+    _opened: _Opened | None = PrivateAttr(default=None)
 
     @property
     def _llm_type(self) -> str:
@@ -137,17 +146,36 @@ class ChatPrefMW(BaseChatModel):
             raise UsageError(
                 f"ChatPrefMW takes no {', '.join(sorted(kwargs))}; it takes user_id, {', '.join(names)}, stop"
             )
-        personalizer, log = self._open()
+        if not all(isinstance(text, str) for text in stop or ()):
+            raise UsageError("stop takes strings")
+        opened = self._open()
         options = Options(**values, stop=tuple(stop or ()))
-        return personalizer.stream(user_id, [_message(message) for message in messages], options, log=log)
+        said = [_message(message) for message in messages]
+        return opened.personalizer.stream(user_id, said, options, log=opened.log)
 
-    def _open(self) -> tuple[Personalizer, bool]:
-        """The personalizer, made at the first call, and whether turns are recorded."""
-        with self._lock:
-            if self._opened is None:
-                settings = load_settings({"model": self.model, "database": self.database, "log": self.log})
-                self._opened = build_personalizer(settings, open_store(settings)), settings.log
+    def _open(self) -> _Opened:
+        """The personalizer for the fields as they are now, made at the first call with them."""
+        flags = {"model": self.model, "database": self.database, "log": self.log}
+        with _opening:
+            if self._opened is None or self._opened.flags != flags:
+                settings = load_settings(flags)
+                store = open_store(settings)
+                self._opened = _Opened(flags, build_personalizer(settings, store), settings.log)
             return self._opened
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The text's token ids by the chat model's own tokenizer; loads the model."""
+        ids: list[int] = self._open().personalizer.load().tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """The configuration alone: neither weights nor connections are pickled or copied."""
+        return super().__getstate__() | {"__pydantic_private__": {"_opened": None}}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ChatPrefMW:
+        copy = self.model_copy()
+        copy._opened = None
+        return copy
 
 
 def _message(message: BaseMessage) -> Message:
@@ -167,8 +195,8 @@ def _text(message: BaseMessage) -> str:
     for block in blocks:
         if isinstance(block, str):
             texts.append(block)
-        elif block.get("type") == "text":
-            texts.append(str(block["text"]))
+        elif block.get("type") == "text" and isinstance(block.get("text"), str):
+            texts.append(block["text"])
         else:
             raise UsageError(f"ChatPrefMW reads text, got a content block of type '{block.get('type')}'")
     return "".join(texts)

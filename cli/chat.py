@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ class Session:
     conversation_id: str | None
     log: bool
     streams: bool = True
+    kept: bool = False
+    """Whether the latest reply is recorded."""
 
     def ask(self, prompt: str, *, show: bool = True) -> Reply:
         """Answer one message, streaming it to stdout if it is to be shown, and remember the exchange."""
@@ -49,7 +52,7 @@ class Session:
         )
         shown = False
         try:
-            with stream:
+            with _one_interrupt(), stream:
                 for piece in stream:
                     if show and self.streams:
                         emit(piece)
@@ -62,7 +65,7 @@ class Session:
             reply = stream.reply
             if reply.text:
                 self.history += [asked, Message("assistant", reply.text)]
-            self.conversation_id = reply.conversation_id
+            self.conversation_id, self.kept = reply.conversation_id, reply.turn_id is not None
         if show:
             emit("\n" if self.streams else reply.text + "\n")
         return reply
@@ -154,7 +157,7 @@ def _answer(session: Session, question: str, json: bool) -> None:
     try:
         reply = session.ask(question, show=not json)
     except KeyboardInterrupt:
-        say("prefmw: interrupted" + ("; the reply so far is kept, marked so" if session.log else ""))
+        say("prefmw: interrupted" + ("; the reply so far is kept, marked so" if session.kept else ""))
         raise typer.Exit(130) from None
     if json:
         print_json(reply.as_json())
@@ -220,6 +223,24 @@ def _ask_line(prompt: str) -> str:
 
 
 @contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """The first Ctrl-C stops the reply; until :func:`heed_interrupts`, no further one keeps it from being recorded."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    yield
+    heed_interrupts()
+
+
+def heed_interrupts() -> None:
+    """Ctrl-C raises KeyboardInterrupt again."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
 def _loading(model: str) -> Iterator[None]:
     """A spinner on stderr while imports and weights load, on a terminal only; libraries keep quiet meanwhile."""
     import warnings
@@ -228,8 +249,10 @@ def _loading(model: str) -> Iterator[None]:
 
     console = Console(stderr=True)
     with console.status(f"loading {model} ...") if console.is_terminal else _nothing():
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
+        hub_logging.set_verbosity_error()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         with warnings.catch_warnings():

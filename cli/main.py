@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from io import TextIOWrapper
 from typing import Annotated
@@ -42,8 +43,20 @@ def root(
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 it failed, 2 wrong use, 130 interrupted."""
-    sys.exit(run())
+    """Run the command line and exit: 0 done, 1 it failed, 2 wrong use, 128 + n ended by signal n."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    code = run()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while the interpreter ends changes nothing
+    sys.exit(code)
+
+
+def _leave(number: int, frame: object) -> None:
+    """End by an exception, so that a reply in the making is kept."""
+    raise SystemExit(128 + number)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -59,12 +72,14 @@ def run(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except typer.TyperException as error:
         if error.format_message():
-            say(f"prefmw: {error.format_message()}; see --help")
+            say(f"prefmw: {error.format_message().rstrip('.')}; see --help")
         return error.exit_code
     except typer.Abort:
         return 130
-    except BrokenPipeError:
-        # The reader left (`| head -1`). Give the interpreter a stdout that its last flush can't fail on.
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # where the reader left (`| head -1`) there is nobody to tell
+            say(f"prefmw: the output cannot be written: {error.strerror}")
+        # Give the interpreter a stdout that its last flush can't fail on.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code if isinstance(code, int) else 0

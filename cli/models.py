@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,6 +20,12 @@ def list_models(json: JsonOption = False) -> None:
 
     default = load_settings().model
     models = [*_embedded(), *_cached()]
+    if default not in {model["name"] for model in models}:
+        folder = Path(default).expanduser()
+        present = (folder / "config.json").is_file()
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) if present else 0
+        kind = "folder" if present else "not at hand"
+        models.append({"name": default, "kind": kind, "path": str(folder), "present": present, "bytes": size})
     for model in models:
         model["default"] = model["name"] == default
     if json:

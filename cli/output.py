@@ -84,9 +84,10 @@ def print_profile(profile: Profile, dimensions: Dimensions, file: TextIO | None 
         lines.append("weights")
         for key, weight in sorted(profile.weights.items(), key=lambda item: -abs(item[1].value)):
             pole = dimensions[key].pole(weight.value).name if key in dimensions else "retired"
+            pole = pole if weight.value else "neither"
             lines.append(f"  {key:<13}{weight.value:+.2f}  {bar(weight.value)}  {pole:<11} {_origin(profile, key)}")
     principle = principle_text(profile, dimensions)
-    lines.append(f"principle  {printable(principle) or '– (no persona, and no weight of 0.15 or more)'}")
+    lines.append(f"principle  {printable(principle) or '– (no persona, and no style weight of 0.15 or more)'}")
     print(*lines, sep="\n", file=file or sys.stdout)
 
 

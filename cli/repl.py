@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from prefmw.cli.chat import tell
+from prefmw.cli.chat import heed_interrupts, tell
 from prefmw.cli.output import emit, print_profile, say
 from prefmw.errors import PrefmwError, nearest
 from prefmw.preferences import default_dimensions
@@ -23,7 +23,10 @@ def converse(session: Session, chat: ChatModel) -> None:
     plan = session.personalizer.plan(session.store.profile(session.user_id), session.options)
     strength = f" {plan.strength:g}" if plan.strength is not None else ""
     say(f"{chat.name} on {chat.device} in {chat.dtype}, method {plan.method}{strength}; /help, /bye")
+    if session.history:
+        say(f"continuing conversation {session.conversation_id}, {len(session.history)} messages so far")
     while True:
+        heed_interrupts()
         try:
             line = input(f"{session.user_id}> ").strip()
         except EOFError:
@@ -40,7 +43,7 @@ def converse(session: Session, chat: ChatModel) -> None:
             elif line:
                 tell(session.ask(line))
         except KeyboardInterrupt:
-            say("(stopped; the reply so far is kept)" if session.log else "(stopped)")
+            say("(stopped; the reply so far is kept)" if session.kept else "(stopped)")
         except PrefmwError as error:
             say(f"{error}")
 

@@ -9,12 +9,15 @@ import typer
 
 from prefmw.cli.options import DatabaseOption, JsonOption, ReasonOption, UserArgument, actor, opened_store
 from prefmw.cli.output import print_json, print_profile, print_table, profile_json, say, shorten
-from prefmw.errors import UsageError
+from prefmw.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
     from prefmw.preferences import Profile
 
 app = typer.Typer(help="The people whose preferences are stored.", no_args_is_help=True)
+
+ATTEMPTS = 20
+"""Tries of an edit while others write to the same user."""
 
 PersonaOption = Annotated[
     str | None, typer.Option("--persona", help="The person in plain words, at most 4,000 characters.")
@@ -89,6 +92,9 @@ def edit(
     persona: PersonaOption = None,
     method: MethodOption = None,
     strength: StrengthOption = None,
+    clear_strengths: Annotated[
+        bool, typer.Option("--clear-strengths", help="Forget the strengths set before.")
+    ] = False,
     reason: ReasonOption = "",
     json: JsonOption = False,
     database: DatabaseOption = None,
@@ -96,20 +102,27 @@ def edit(
     """Change a user's persona, method or strength; what is not given stays, an empty persona clears it."""
     from prefmw.preferences import UNCHANGED
 
-    if persona is None and method is None and strength is None:
-        raise UsageError("nothing to change; give --persona, --method or --strength")
+    if persona is None and method is None and strength is None and not clear_strengths:
+        raise UsageError("nothing to change; give --persona, --method, --strength or --clear-strengths")
     with opened_store(database) as store:
-        before = store.profile(user_id)
-        chosen, strengths = _dial(before.method, before.strengths, method, strength)
-        profile = store.edit_user(
-            user_id,
-            persona=UNCHANGED if persona is None else persona,
-            method=chosen,
-            strengths=strengths,
-            actor=actor(),
-            reason=reason,
-            expected_revision=before.revision,
-        )
+        for attempt in range(ATTEMPTS):
+            before = store.profile(user_id)
+            kept = {} if clear_strengths else before.strengths
+            chosen, strengths = _dial(before.method, kept, method, strength)
+            try:
+                profile = store.edit_user(
+                    user_id,
+                    persona=UNCHANGED if persona is None else persona,
+                    method=chosen,
+                    strengths=strengths,
+                    actor=actor(),
+                    reason=reason,
+                    expected_revision=before.revision,
+                )
+                break
+            except ConflictError:  # somebody wrote in between; what was asked holds all the same
+                if attempt == ATTEMPTS - 1:
+                    raise
     changed = "changed" if profile.revision > before.revision else "unchanged:"
     _show(profile, json, f"{changed} {user_id}")
 

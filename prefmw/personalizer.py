@@ -157,7 +157,7 @@ class Personalizer:
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
         notices = []
         if plan.method != "none" and not plan.principle:
-            notices.append(f"{user_id} has no persona and no weight of 0.15 or more, so the reply is plain")
+            notices.append(f"{user_id} has no persona and no style weight of 0.15 or more, so the reply is plain")
         if options.strength is not None and plan.strength is None:
             notices.append(f"strength {options.strength:g} has no effect: method '{plan.method}' takes none")
         views, combiner = _views(plan, messages, chat)

@@ -25,6 +25,23 @@ BUSY_TIMEOUT_MS = 5000
 _UPGRADE_LOCK = 0x70726566  # any number, the same in every prefmw: PostgreSQL upgrades wait for each other on it
 
 
+def _parse(url: str) -> URL:
+    """The URL, with psycopg for PostgreSQL whatever driver it names."""
+    form = "use sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE"
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise UsageError(f"the database URL cannot be read; {form}") from error
+    kind = parsed.drivername.partition("+")[0]
+    if kind == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise UsageError(f"an SQLite database in memory would keep nothing; {form}")
+    if kind == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if kind != "sqlite":
+        raise UsageError(f"no database of the kind '{kind[:40]}'; {form}")
+    return parsed
+
+
 class Database:
     """One database by URL: transactions on it, and its schema's version.
 
@@ -33,16 +50,14 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            self.url: URL = make_url(url)
-        except ArgumentError as error:
-            raise UsageError(
-                "the database URL cannot be read; use sqlite:///FILE or postgresql+psycopg://..."
-            ) from error
+        self.url: URL = _parse(url)
         self.name = self.url.render_as_string(hide_password=True)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         with translated(self.name):
-            self._engine: Engine = create_engine(self.url, pool_pre_ping=not self.is_sqlite)
+            try:
+                self._engine: Engine = create_engine(self.url, pool_pre_ping=not self.is_sqlite)
+            except (ValueError, TypeError) as error:  # an option behind the URL's question mark
+                raise UsageError(f"database '{self.name}' has an option that cannot be read: {error}") from error
         if self.is_sqlite:
             event.listen(self._engine, "connect", _configure_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
@@ -66,7 +81,7 @@ class Database:
 
     def version(self) -> str | None:
         """The schema's revision, ``None`` where there is no schema or no file yet. One SELECT."""
-        if (file := self._file()) and not file.exists():
+        if (file := self._file()) and not os.path.lexists(file):
             return None
         with translated(self.name):
             try:
@@ -131,8 +146,7 @@ class Database:
     def _file(self) -> Path | None:
         """The file of an SQLite database, where it is one and the URL names it plainly."""
         database = self.url.database
-        plain = self.is_sqlite and database and database != ":memory:" and not database.startswith("file:")
-        return Path(database) if plain and database else None
+        return Path(database) if self.is_sqlite and database and not database.startswith("file:") else None
 
     def _make_file(self) -> None:
         """Make an SQLite database's folder and file, readable by their owner alone: they hold conversations."""
@@ -151,11 +165,15 @@ def _is_missing_table(error: DBAPIError) -> bool:
 def _run_migrations(connection: Connection) -> None:
     from alembic import command  # a quarter of a second to import, needed once in a database's life
     from alembic.config import Config
+    from alembic.util.exc import CommandError
 
     config = Config()
     config.set_main_option("script_location", "prefmw.stores:migrations")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise SchemaVersionError(f"the database's schema is not one that this prefmw knows: {error}") from error
 
 
 def _configure_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:

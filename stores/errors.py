@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 
 from sqlalchemy.exc import DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -54,6 +55,8 @@ def translated(name: str) -> Iterator[None]:
         raise StoreLockedError(f"database '{name}': every connection is in use; try again") from error
     except DBAPIError as error:
         raise _from_driver(name, error) from error
+    except JSONDecodeError as error:
+        raise StoreError(f"database '{name}' holds a row that cannot be read; restore it from a backup") from error
     except SQLAlchemyError as error:
         raise StoreError(f"database '{name}': {_one_line(error)}") from error
 

@@ -22,7 +22,7 @@ class View:
 class Sampling:
     """How a token is drawn and when to stop.
 
-    ``temperature`` 0 is greedy. ``top_p`` (0, 1] and ``top_k`` (``None`` for no bound) bound the rule's distribution,
+    ``temperature`` 0 is greedy. ``top_p`` up to 1 and ``top_k`` (``None`` for no bound) bound the rule's distribution,
     not the aligned one (:mod:`prefmw.alignment.candidates`). The same ``seed`` gives the same reply.
     """
 
@@ -33,10 +33,14 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "seed", "top_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and not (name == "top_k" and value is None):
+                raise UsageError(f"{name.replace('_', '-')} is a whole number, got {type(value).__name__}")
         if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
             raise UsageError(f"temperature is 0 (greedy) or lies in [0.01, 100], got {self.temperature:g}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p lies in (0, 1], got {self.top_p:g}")
+        if not 1e-6 <= self.top_p <= 1:
+            raise UsageError(f"top-p lies in [0.000001, 1], got {self.top_p:g}")
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"top-k is at least 1, got {self.top_k}; leave it out for no bound")
         if self.max_tokens < 1:

@@ -166,7 +166,7 @@ def _device(name: str) -> torch.device:
     if name != "auto":
         try:
             device = torch.device(name)
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with the backend
             raise UsageError(f"no device '{name[:40]}' here; choose auto, cuda, mps or cpu") from error
         return device
@@ -201,15 +201,18 @@ def _locate(spec: ModelSpec) -> str:
     """The folder or hub id to load from; tells a mistyped path from a hub id before transformers takes it for one."""
     try:
         path = spec.path or Path(spec.name).expanduser()
-    except RuntimeError as error:  # ~somebody who does not exist
-        raise ModelNotFoundError(f"model '{spec.name}' does not exist; write the path out") from error
+        is_file, is_folder = path.is_file(), path.is_dir()
+        has_config = (path / "config.json").is_file()
+    except (RuntimeError, OSError) as error:  # ~somebody who does not exist; a name too long; a folder that is not ours
+        reason = getattr(error, "strerror", None) or "write the path out"
+        raise ModelNotFoundError(f"model '{spec.name[:80]}' does not exist or cannot be read: {reason}") from error
     looks_like_path = spec.name.startswith((".", "~", "/")) or spec.name.count("/") > 1 or not spec.name
-    if path.is_file() or (looks_like_path and not path.exists()):
-        what = "is a file" if path.is_file() else "does not exist"
+    if is_file or (looks_like_path and not is_folder):
+        what = "is a file" if is_file else "does not exist"
         raise ModelNotFoundError(f"model '{spec.name}' {what}; name the folder that holds config.json, or a hub id")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if is_folder and not has_config:
         raise ModelNotFoundError(f"the folder '{spec.name}' holds no config.json; name the folder of a saved model")
-    return str(path) if path.is_dir() else spec.name
+    return str(path) if is_folder else spec.name
 
 
 def _translated(name: str, source: str, error: Exception) -> PrefmwError:

@@ -56,7 +56,7 @@ class Detokenizer:
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        return str(text).replace("\0", "\ufffd")  # no store and no message holds a NUL
 
     def _add(self, piece: str) -> None:
         start = max(0, len(self._text) - max((len(stop) for stop in self._stop), default=0))

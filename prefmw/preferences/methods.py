@@ -66,6 +66,8 @@ def check_strength(method: str, strength: float | None) -> float | None:
         return None
     if strength is None:
         return dial.default
+    if not isinstance(strength, int | float):
+        raise UsageError(f"a strength is a number, got {type(strength).__name__}")
     if not math.isfinite(strength) or not dial.low <= strength <= dial.high:
         span = f"[{dial.low:g}, {dial.high:g}]"
         raise UsageError(f"the strength of '{method}' ({dial.symbol}) lies in {span}, got {strength:g}")

@@ -17,6 +17,9 @@ MAX_USER_ID = 128
 MAX_KEY = 64
 """Characters in a dimension's key, at most."""
 
+MAX_REASON = 1000
+"""Characters in a revision's reason, at most."""
+
 MAX_PERSONA = 4000
 """Characters in a persona, at most: it stands in front of every prompt."""
 
@@ -112,6 +115,8 @@ def check_user_id(user_id: str) -> str:
     Raises:
         UsageError: it is empty, too long, or holds line breaks or other control characters.
     """
+    if not isinstance(user_id, str):
+        raise UsageError(f"a user id is text, got {type(user_id).__name__}")
     if not user_id.strip():
         raise UsageError("a user id is empty; give 1 to 128 printable characters")
     if len(user_id) > MAX_USER_ID:
@@ -132,6 +137,17 @@ def check_key(key: str) -> str:
     if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
         raise UsageError(f"a dimension's key has 1 to {MAX_KEY} printable characters, got {len(key)}")
     return key
+
+
+def check_reason(reason: str) -> str:
+    """Return ``reason`` if a revision can hold it: at most 1,000 characters of text.
+
+    Raises:
+        UsageError: it is too long or not text.
+    """
+    if len(reason) > MAX_REASON:
+        raise UsageError(f"a reason has at most {MAX_REASON} characters, got {len(reason)}")
+    return check_text(reason, "a reason")
 
 
 def check_stated(stated: Stated) -> Stated:

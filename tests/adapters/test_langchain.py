@@ -113,6 +113,11 @@ def test_a_global_cache_keeps_nothing_of_one_user_for_another(chat, people):
         set_llm_cache(None)
 
 
+def test_an_unknown_field_is_refused():
+    with pytest.raises(ValueError, match="methd"):
+        ChatPrefMW(methd="linear")
+
+
 def test_a_cache_of_its_own_is_refused():
     from langchain_core.caches import InMemoryCache
 
@@ -130,6 +135,34 @@ def test_calls_at_once_share_one_store(chat, monkeypatch):
     assert opened == [1]
 
 
+def test_a_change_of_its_fields_takes_effect(chat, people, tmp_path):
+    chat.invoke(QUESTION, user_id="alice")
+    elsewhere = chat.model_copy(update={"database": str(tmp_path / "other.db")})
+    with pytest.raises(UnknownUserError):
+        elsewhere.invoke(QUESTION, user_id="alice")
+    chat.database = str(tmp_path / "other.db")
+    with pytest.raises(UnknownUserError):
+        chat.invoke(QUESTION, user_id="alice")
+
+
+def test_after_use_it_is_copied_and_pickled_as_its_configuration(chat):
+    import copy
+    import pickle
+
+    reply = chat.invoke(QUESTION, user_id="alice").content
+    for again in (copy.copy(chat), copy.deepcopy(chat), pickle.loads(pickle.dumps(chat))):
+        assert again.model_dump() == chat.model_dump()
+        assert again.invoke(QUESTION, user_id="alice").content == reply
+
+
+def test_tokens_are_counted_by_the_model_s_own_tokenizer(chat):
+    assert chat.get_num_tokens("hello there") == len(chat.get_token_ids("hello there")) > 1
+
+
+def test_a_password_is_not_shown():
+    assert "s3cret" not in repr(ChatPrefMW(database="postgresql+psycopg://u:s3cret@h/d"))
+
+
 def test_building_the_object_is_free(home):
     ChatPrefMW(model="no-such-model", user_id="nobody")
     assert not home.exists()
@@ -141,6 +174,11 @@ def test_building_the_object_is_free(home):
         ({"input": QUESTION}, UsageError, "user_id"),
         ({"input": QUESTION, "user_id": "carol"}, UnknownUserError, "carol"),
         ({"input": QUESTION, "user_id": "alice", "nonsense": 1}, UsageError, "nonsense"),
+        ({"input": QUESTION, "user_id": 3}, UsageError, "user id is text"),
+        ({"input": QUESTION, "user_id": "alice", "strength": "2"}, UsageError, "strength is a number"),
+        ({"input": QUESTION, "user_id": "alice", "max_tokens": "5"}, UsageError, "whole number"),
+        ({"input": QUESTION, "user_id": "alice", "stop": [3]}, UsageError, "stop takes strings"),
+        ({"input": [HumanMessage([{"type": "text"}])], "user_id": "alice"}, UsageError, "content block"),
         ({"input": [ToolMessage("x", tool_call_id="1")], "user_id": "alice"}, UsageError, "ToolMessage"),
         (
             {"input": [HumanMessage([{"type": "image_url", "image_url": "http://x"}])], "user_id": "alice"},

@@ -79,6 +79,26 @@ def test_users_are_added_shown_edited_and_listed(ok, alice):
     assert [user["user"] for user in ok("users", "list")] == ["alice", "bob"]
 
 
+def test_a_strength_can_be_forgotten(ok, alice):
+    ok("users", "edit", "alice", "--method", "linear", "--strength", "3")
+    assert ok("users", "edit", "alice", "--clear-strengths")["strengths"]["linear"] is None
+
+
+def test_edits_at_once_all_hold(ok, alice, monkeypatch):
+    from prefmw.stores import SQLPreferenceStore
+
+    original, meanwhile = SQLPreferenceStore.edit_user, []
+
+    def interfering(self, user_id, **changes):
+        if len(meanwhile) < 3:
+            meanwhile.append(original(self, user_id, persona=f"other {len(meanwhile)}", actor="other"))
+        return original(self, user_id, **changes)
+
+    monkeypatch.setattr(SQLPreferenceStore, "edit_user", interfering)
+    edited = ok("users", "edit", "alice", "--method", "linear")
+    assert (edited["method"], edited["persona"]) == ("linear", "other 2")
+
+
 def test_an_edit_of_nothing_new_says_so(prefmw, alice):
     assert "unchanged" in prefmw("users", "edit", "alice", "--persona", PERSONA)[2]
 
@@ -150,6 +170,25 @@ def test_models_at_hand_are_listed(ok, monkeypatch, toy, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
     (tiny,) = ok("models", "list")
     assert (tiny["name"], tiny["kind"], tiny["default"]) == ("tiny", "embedded", True)
+    monkeypatch.setenv("PREFMW_MODEL", str(toy))
+    _, mine = ok("models", "list")
+    assert (mine["name"], mine["kind"], mine["default"], mine["present"]) == (str(toy), "folder", True, True)
+
+
+def test_chat_models_in_the_hub_s_cache_are_listed(ok, monkeypatch, tmp_path):
+    for repo, name, text in (
+        ("models--some--chat", "tokenizer_config.json", '{"chat_template": "x"}'),
+        ("models--some--other-chat", "chat_template.jinja", "x"),
+        ("models--some--base", "tokenizer_config.json", "{}"),
+        ("datasets--some--data", "chat_template.jinja", "x"),
+    ):
+        snapshot = tmp_path / repo / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot / name).write_text(text)
+        (tmp_path / repo / "refs").mkdir()
+        (tmp_path / repo / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(tmp_path))
+    assert [model["name"] for model in ok("models", "list")] == ["tiny", "some/chat", "some/other-chat"]
 
 
 # Chat
@@ -229,7 +268,7 @@ def test_a_reply_is_text_on_stdout_and_nothing_else(prefmw, toy, alice):
 def test_steering_without_preferences_is_noted(prefmw, ok, toy):
     ok("users", "add", "bob")
     _, _, err = prefmw("chat", "x", "-u", "bob", "-m", str(toy), "--method", "linear", "--max-tokens", "4")
-    assert err == "note: bob has no persona and no weight of 0.15 or more, so the reply is plain\n"
+    assert err == "note: bob has no persona and no style weight of 0.15 or more, so the reply is plain\n"
 
 
 def test_the_user_may_come_from_the_environment(ok, toy, alice, monkeypatch):
@@ -294,11 +333,20 @@ MISTAKES = {
     "model of nobody": (["chat", "x", "-u", "alice", "-m", "~no-such-person/x"], 2, "does not exist"),
     "database of nobody": (["users", "list", "-d", "~no-such-person/x.db"], 2, "write it out"),
     "database that is no text": (["users", "list", "-d", "\udcff"], 2, "UTF-8"),
+    "endless model name": (["chat", "x", "-u", "alice", "-m", "/" + "m" * 300], 2, "cannot be read"),
+    "temperature beyond range": (["chat", "x", "-u", "alice", "--temperature", "1e308"], 2, "[0.01, 100]"),
+    "top-p of nothing": (["chat", "x", "-u", "alice", "--top-p", "1e-50"], 2, "top-p"),
+    "endless reason": (["prefs", "set", "alice", "humor=1", "--reason", "x" * 1001], 2, "at most 1000"),
+    "endless database name": (["users", "list", "-d", "/tmp/" + "x" * 300], 1, "cannot be"),
+    "port that is none": (["users", "list", "-d", "postgresql+psycopg://x@127.0.0.1:abc/x"], 2, "cannot be read"),
+    "option that is none": (["users", "list", "-d", "sqlite:///x.db?timeout=abc"], 2, "option"),
+    "database in memory": (["users", "list", "-d", "sqlite://"], 2, "keep nothing"),
+    "another kind of database": (["users", "list", "-d", "mysql://x/y"], 2, "postgresql"),
     "unknown option": (["chat", "--nope"], 2, "--nope"),
     "unknown command": (["usres"], 2, "users"),
     "not a number": (["chat", "x", "--max-tokens", "many"], 2, "--max-tokens"),
     "a folder as database": (["users", "list", "-d", "/tmp"], 1, "cannot be opened"),
-    "unknown kind of database": (["users", "list", "-d", "nonsense://x"], 2, "unknown kind"),
+    "unknown kind of database": (["users", "list", "-d", "nonsense://x"], 2, "no database of the kind"),
 }
 
 

@@ -71,6 +71,50 @@ def test_ctrl_c_keeps_the_partial_reply(environment, home):
     assert text.encode().startswith((seen + rest)[:50])
 
 
+def test_a_second_ctrl_c_does_not_lose_the_reply(environment, home):
+    process = start(environment, "--max-tokens", "15000")
+    assert process.stdout.read(20)
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.003)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().strip() == "prefmw: interrupted; the reply so far is kept, marked so"
+    assert [turn[1] for turn in turns(home)] == ["interrupted"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["terminate", "hang up"])
+def test_a_signal_to_end_keeps_the_partial_reply(environment, home, number):
+    process = start(environment, "--max-tokens", "15000")
+    assert process.stdout.read(20)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, b"Traceback" in err) == (128 + number, False)
+    assert [turn[1] for turn in turns(home)] == ["interrupted"]
+
+
+@pytest.mark.parametrize(
+    "command", [["users", "list"], ["users", "show", "alice"], ["--version"], ["--help"]], ids=" ".join
+)
+def test_an_output_that_cannot_be_written_is_one_line(environment, command):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*PREFMW, *command], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "prefmw: the output cannot be written: No space left on device\n"
+
+
+def test_streams_that_are_closed_are_no_traceback(environment):
+    script = 'exec "$@" {} '
+    for closing, code in ((">&-", 0), ("2>&-", 0), ("<&-", 0)):
+        line = script.format(closing)
+        command = ["sh", "-c", line, "sh", *PREFMW, "users", "show", "alice"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (code, "")
+    chat = ["sh", "-c", script.format("<&-"), "sh", *PREFMW, "chat", "-u", "alice"]
+    result = subprocess.run(chat, env=environment, capture_output=True, text=True)
+    assert (result.returncode, "nothing to answer" in result.stderr) == (2, True)
+
+
 def test_tokens_come_before_the_reply_is_done(environment):
     process = start(environment, "--max-tokens", "3000")
     assert process.stdout.read(1)

@@ -170,7 +170,9 @@ def test_code_that_comes_with_a_model_does_not_run(copy):
         load_chat_model(ModelSpec(str(copy)))
 
 
-@pytest.mark.parametrize("changes", [{"dtype": "float8"}, {"device": "tpu9"}, {"device": "cuda:99"}])
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "float8"}, {"device": "tpu9"}, {"device": "cuda:99"}, {"device": "meta"}]
+)
 def test_unknown_dtype_or_device_is_told(toy, changes):
     with pytest.raises(UsageError, match="dtype|device"):
         load_chat_model(ModelSpec(str(toy), **changes))

@@ -60,6 +60,11 @@ def test_a_stop_string_ends_the_text_and_never_shows(family, text, stop):
     assert detokenizer.stopped == (stop in whole)
 
 
+def test_a_nul_becomes_a_character_that_every_store_holds():
+    nul = TOKENIZERS["chatml"].convert_tokens_to_ids("Ā")  # byte 0
+    assert "".join(stream("chatml", [nul, *ids_of("chatml", "x")])[0]) == "\ufffdx"
+
+
 def test_the_earliest_of_several_stop_strings_wins():
     pieces, _ = stream("chatml", ids_of("chatml", "one two three"), ["three", "two"])
     assert "".join(pieces) == "one "

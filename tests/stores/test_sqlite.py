@@ -214,6 +214,21 @@ def test_a_folder_is_no_database(tmp_path):
         SQLPreferenceStore(f"sqlite:///{tmp_path}")
 
 
+def test_a_schema_that_no_migration_knows_is_told(store, file):
+    with store._database.writing() as connection:
+        connection.exec_driver_sql("UPDATE prefmw_version SET version_num = '0000'")
+    with pytest.raises(SchemaVersionError, match="not one that this prefmw knows"):
+        store._database.upgrade()
+
+
+def test_a_row_that_somebody_broke_is_told(store):
+    store.add_user("alice", actor="test")
+    with store._database.writing() as connection:
+        connection.exec_driver_sql("UPDATE users SET strengths = '{oops'")
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.profile("alice")
+
+
 @pytest.mark.parametrize("url", ["nonsense://x", "mysql+nothing://x", "://"])
 def test_an_unknown_kind_of_database_is_told(url):
     with pytest.raises(UsageError, match="postgresql"):
