@@ -1,7 +1,7 @@
 """One turn: profile -> plan -> reply -> record. The command line, LangChain and servers all call this.
 
 A plan says, in numbers and words a person can read, how a reply will be steered. A new alignment method is a combiner
-in ``prefmw.alignment`` and its views in :func:`_views`.
+in ``prefmw.alignment`` and its views in :func:`_request`.
 """
 
 from __future__ import annotations
@@ -155,13 +155,9 @@ class Personalizer:
         plan = self.plan(profile, options)
         chat, engine = self._backend()
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
-        notices = []
-        if plan.method != "none" and not plan.principle:
-            notices.append(f"{user_id} has no persona and no style weight of 0.15 or more, so the reply is plain")
-        if options.strength is not None and plan.strength is None:
-            notices.append(f"strength {options.strength:g} has no effect: method '{plan.method}' takes none")
-        views, combiner = _views(plan, messages, chat)
-        prompt = max(len(view.context) for view in views)
+        notices = _notices(plan, options, user_id)
+        request = _request(plan, messages, chat)
+        prompt = max(len(view.context) for view in request.views)
         room = chat.capacity - prompt
         if room < 1:
             raise ContextLengthError(
@@ -171,14 +167,7 @@ class Personalizer:
         if room < plan.sampling.max_tokens:
             if options.max_tokens is not None:
                 notices.append(f"max-tokens is cut to {room}, what the model's context of {chat.capacity} leaves")
-            plan = replace(plan, sampling=replace(plan.sampling, max_tokens=room))
-        request = Request(
-            views=views,
-            combiner=combiner,
-            sampling=plan.sampling,
-            parameters=() if len(views) == 1 else (plan.strength or 0.0,),
-            stop_ids=chat.stop_ids,
-        )
+            request = replace(request, sampling=replace(plan.sampling, max_tokens=room))
         draft = Reply(
             text="",
             user_id=user_id,
@@ -252,15 +241,29 @@ class Personalizer:
         return replace(reply, conversation_id=recorded.conversation_id, turn_id=recorded.turn_id)
 
 
-def _views(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> tuple[tuple[View, ...], Combiner]:
+def _notices(plan: Plan, options: Options, user_id: str) -> list[str]:
+    """What was asked for and has no effect."""
+    notices = []
+    if plan.method != "none" and not plan.principle:
+        notices.append(f"{user_id} has no persona and no style weight of 0.15 or more, so the reply is plain")
+    if options.strength is not None and plan.strength is None:
+        notices.append(f"strength {options.strength:g} has no effect: method '{plan.method}' takes none")
+    return notices
+
+
+def _request(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> Request:
     """The contexts that a method reads the reply in, and how their logits are combined."""
-    without = View(chat.template.encode(messages))
+
+    def request(combiner: Combiner, *contexts: Sequence[Message], parameters: tuple[float, ...] = ()) -> Request:
+        views = tuple(View(chat.template.encode(context)) for context in contexts)
+        return Request(views, combiner, plan.sampling, parameters, chat.stop_ids)
+
     if plan.method == "none" or not plan.principle:
-        return (without,), combine_plain
-    with_principle = View(chat.template.encode(_with_principle(messages, plan.principle, chat)))
+        return request(combine_plain, messages)
+    steered = _with_principle(messages, plan.principle, chat)
     if plan.method == "prompt" or plan.strength == 0:  # at ratio 0 the view without the principle has no say
-        return (with_principle,), combine_plain
-    return (without, with_principle), combine_linear
+        return request(combine_plain, steered)
+    return request(combine_linear, messages, steered, parameters=(plan.strength or 0.0,))
 
 
 def _with_principle(messages: Sequence[Message], principle: str, chat: ChatModel) -> list[Message]:

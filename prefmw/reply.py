@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from prefmw.decoding import Generation, Sampling
-from prefmw.errors import EngineError, StoreError
+from prefmw.errors import EngineError, PrefmwError
 from prefmw.models import ChatModel, Detokenizer
 from prefmw.preferences import Weight
 
@@ -164,5 +164,5 @@ class ReplyStream:
         )
         try:
             self.reply = self._record(self.reply, self._ids)
-        except StoreError as error:
+        except PrefmwError as error:
             self.reply = replace(self.reply, not_recorded=str(error))

@@ -76,6 +76,7 @@ ARROWS = {
     "prefmw.alignment": (),
     "prefmw.decoding": ("prefmw.alignment",),
     "prefmw.models": ("prefmw.preferences",),
+    "prefmw.training": (),
     "prefmw.settings": ("prefmw.preferences",),
     "prefmw.errors": (),
     "prefmw.reply": ("prefmw.preferences", "prefmw.decoding", "prefmw.models"),

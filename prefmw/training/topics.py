@@ -1,0 +1,73 @@
+"""The topics of the embedded chat model: everyday questions and what is true about them, each said plainly, simply and
+expertly.
+
+The content is data, one file a topic under ``topic_files/DOMAIN/``, in the five domains of the Linear Alignment paper.
+An act is a bare verb phrase and a reason a clause, so that a composer can frame them: "It is advisable to ACT, because
+REASON."
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+DOMAINS = ("technology", "daily-life", "career", "health", "diet")
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One thing said three ways: in plain words, in a child's, and in a professional's."""
+
+    plain: str
+    simple: str
+    expert: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A piece of advice: what to do, why, an example (read after "for example"), and a joke about it."""
+
+    act: Graded
+    reason: Graded
+    example: str
+    joke: str
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What people ask about one thing, and six independent facts that answer it, the most useful first."""
+
+    id: str
+    domain: str
+    title: str
+    questions: tuple[str, ...]
+    followups: tuple[str, ...]
+    caveat: str
+    facts: tuple[Fact, ...]
+
+
+def load_topics() -> list[Topic]:
+    """Every topic, by domain and id."""
+    root = files("prefmw.training") / "topic_files"
+    return [
+        _topic(domain, tomllib.loads(file.read_text(encoding="utf-8")))
+        for domain in DOMAINS
+        for file in sorted((root / domain).iterdir(), key=lambda file: file.name)
+    ]
+
+
+def _topic(domain: str, table: dict[str, Any]) -> Topic:
+    return Topic(
+        id=table["id"],
+        domain=domain,
+        title=table["title"],
+        questions=tuple(table["questions"]),
+        followups=tuple(table["followups"]),
+        caveat=table["caveat"],
+        facts=tuple(
+            Fact(Graded(**fact["act"]), Graded(**fact["reason"]), fact["example"], fact["joke"])
+            for fact in table["facts"]
+        ),
+    )
