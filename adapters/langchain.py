@@ -146,8 +146,8 @@ class ChatPrefMW(BaseChatModel):
             raise UsageError(
                 f"ChatPrefMW takes no {', '.join(sorted(kwargs))}; it takes user_id, {', '.join(names)}, stop"
             )
-        if not all(isinstance(text, str) for text in stop or ()):
-            raise UsageError("stop takes strings")
+        if stop is not None and not (isinstance(stop, list | tuple) and all(isinstance(text, str) for text in stop)):
+            raise UsageError("stop takes a list of strings")
         opened = self._open()
         options = Options(**values, stop=tuple(stop or ()))
         said = [_message(message) for message in messages]

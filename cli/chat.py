@@ -34,8 +34,8 @@ class Session:
     conversation_id: str | None
     log: bool
     streams: bool = True
-    kept: bool = False
-    """Whether the latest reply is recorded."""
+    latest: Reply | None = None
+    """The latest reply, whole or not."""
 
     def ask(self, prompt: str, *, show: bool = True) -> Reply:
         """Answer one message, streaming it to stdout if it is to be shown, and remember the exchange."""
@@ -57,18 +57,27 @@ class Session:
                     if show and self.streams:
                         emit(piece)
                         shown = True
+            if show:
+                emit("\n" if self.streams else stream.reply.text + "\n")
         except (KeyboardInterrupt, PrefmwError):
             if shown:
                 print(file=sys.stderr)  # what is said next begins a line
             raise
         finally:
-            reply = stream.reply
+            self.latest = reply = stream.reply
             if reply.text:
                 self.history += [asked, Message("assistant", reply.text)]
-            self.conversation_id, self.kept = reply.conversation_id, reply.turn_id is not None
-        if show:
-            emit("\n" if self.streams else reply.text + "\n")
+            self.conversation_id = reply.conversation_id
+            if reply.not_recorded:
+                say(f"prefmw: this turn was not recorded: {reply.not_recorded}")
+        for notice in reply.notices:
+            say(f"note: {notice}")
         return reply
+
+    @property
+    def fate(self) -> str:
+        """What became of a reply that was broken off."""
+        return "; the reply so far is kept, marked so" if self.latest and self.latest.turn_id else ""
 
 
 def chat(
@@ -157,21 +166,16 @@ def _answer(session: Session, question: str, json: bool) -> None:
     try:
         reply = session.ask(question, show=not json)
     except KeyboardInterrupt:
-        say("prefmw: interrupted" + ("; the reply so far is kept, marked so" if session.kept else ""))
+        if json and session.latest:
+            print_json(session.latest.as_json())
+        elif not session.streams and session.latest:
+            emit(session.latest.text + "\n")
+        say(f"prefmw: interrupted{session.fate}")
         raise typer.Exit(130) from None
     if json:
         print_json(reply.as_json())
-    tell(reply)
     if reply.not_recorded:
         raise typer.Exit(1)
-
-
-def tell(reply: Reply) -> None:
-    """What the person should know beside the reply."""
-    for notice in reply.notices:
-        say(f"note: {notice}")
-    if reply.not_recorded:
-        say(f"prefmw: this turn was not recorded: {reply.not_recorded}")
 
 
 def _question(prompt: str | None) -> str | None:

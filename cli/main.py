@@ -49,9 +49,11 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
-    code = run()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while the interpreter ends changes nothing
-    sys.exit(code)
+    try:
+        sys.exit(run())
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # a second one while the interpreter ends changes nothing
 
 
 def _leave(number: int, frame: object) -> None:

@@ -35,12 +35,16 @@ def list_models(json: JsonOption = False) -> None:
         [
             model["name"],
             model["kind"],
-            f"{model['bytes'] / 1e9:.2f} GB" if model["present"] else "not installed",
-            "default" if model["default"] else "",
+            _size(model["bytes"]) if model["present"] else "not installed",
+            "yes" if model["default"] else "",
         ]
         for model in models
     ]
-    print_table(["model", "kind", "size", ""], rows)
+    print_table(["model", "kind", "size", "default"], rows)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _embedded() -> list[dict[str, Any]]:

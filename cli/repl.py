@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from prefmw.cli.chat import heed_interrupts, tell
+from prefmw.cli.chat import heed_interrupts
 from prefmw.cli.output import emit, print_profile, say
 from prefmw.errors import PrefmwError, nearest
 from prefmw.preferences import default_dimensions
@@ -35,15 +35,15 @@ def converse(session: Session, chat: ChatModel) -> None:
         except KeyboardInterrupt:
             emit("\n")  # an unfinished line is dropped
             continue
-        if line == "/bye":
+        if line.split()[:1] == ["/bye"]:
             return
         try:
             if line.startswith("/"):
                 _command(session, line)
             elif line:
-                tell(session.ask(line))
+                session.ask(line)
         except KeyboardInterrupt:
-            say("(stopped; the reply so far is kept)" if session.kept else "(stopped)")
+            say(f"(stopped{session.fate})")
         except PrefmwError as error:
             say(f"{error}")
 

@@ -166,6 +166,9 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
     Raises:
         SettingsError: a value of the wrong type, an unknown entry in the config file, or a file that is not TOML.
     """
+    for name, value in os.environ.items():
+        if name.startswith("PREFMW_") and value != value.encode("utf-8", "replace").decode():
+            raise SettingsError(f"the environment variable {name} is not valid UTF-8; set it anew")
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     config = home() / CONFIG_FILE
     try:

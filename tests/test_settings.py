@@ -116,7 +116,9 @@ def test_a_wrong_config_file_is_told(home, config, message):
         load_settings()
 
 
-@pytest.mark.parametrize(("name", "value"), [("PREFMW_MAX_TOKENS", "many"), ("PREFMW_QUANTIZATION", "{oops")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("PREFMW_MAX_TOKENS", "many"), ("PREFMW_QUANTIZATION", "{oops"), ("PREFMW_USER", "\udcff")]
+)
 def test_a_wrong_environment_variable_is_told(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match="PREFMW_"):

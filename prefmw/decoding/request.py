@@ -35,8 +35,13 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "seed", "top_k"):
             value = getattr(self, name)
-            if not isinstance(value, int) and not (name == "top_k" and value is None):
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not is_whole and not (name == "top_k" and value is None):
                 raise UsageError(f"{name.replace('_', '-')} is a whole number, got {type(value).__name__}")
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), int | float):
+                got = type(getattr(self, name)).__name__
+                raise UsageError(f"{name.replace('_', '-')} is a number, got {got}")
         if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
             raise UsageError(f"temperature is 0 (greedy) or lies in [0.01, 100], got {self.temperature:g}")
         if not 1e-6 <= self.top_p <= 1:

@@ -46,6 +46,8 @@ class ChatTemplate:
             )
         if not tokenizer.is_fast:
             raise ModelError(f"model '{name}' has no fast tokenizer (tokenizer.json), which safe templating needs")
+        if ours := {"tokenize", "messages", "conversation", "add_generation_prompt"} & set(options or {}):
+            raise ChatTemplateError(f"template_options cannot hold {', '.join(sorted(ours))}: prefmw sets it itself")
         self._tokenizer = tokenizer
         self._name = name
         self._options = dict(options or {})
@@ -83,19 +85,31 @@ class ChatTemplate:
 
     @cached_property
     def _text_markers(self) -> re.Pattern[str] | None:
-        """The template's turn markers that are plain text, such as Zephyr's ``<|user|>`` or Llama-2's ``[INST]``.
+        """The template's turn markers that are plain text: Zephyr's ``<|user|>``, Llama-2's ``[INST]``, ``## user``.
 
         Nothing in the tokens tells such a marker from the same characters in a message, so a message's get a zero-width
         space after the first.
         """
         talk = [Message("user", "a"), Message("assistant", "a"), Message("user", "a")]
         pieces = self._render([Message("system", "a"), *talk] if self._takes_system else talk)
-        ours = [self._outside_controls(text) for text, content in pieces if not content]
-        # What opens a content stands behind the last control token in front of it, what closes one before the first.
-        edges = [words[-1] for parts in ours if (words := parts[-1].split())]
-        edges += [words[0] for parts in ours[not pieces[0][1] :] if (words := parts[0].split())]
-        markers = sorted({edge for edge in edges if _MARKER.fullmatch(edge)}, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, markers))) if markers else None
+        anywhere: set[str] = set()
+        line_starts: set[str] = set()
+        for index, (text, content) in enumerate(pieces):
+            if content:
+                continue
+            parts = self._outside_controls(text)
+            # What opens a content stands behind the last control token before it, what closes one before the first.
+            edges = [(_lines(parts[-1]), -1)] + ([(_lines(parts[0]), 0)] if index > 0 else [])
+            for lines, place in edges:
+                if lines and _MARKER.fullmatch(word := lines[place].split()[place]):
+                    anywhere.add(word)
+                elif (
+                    lines and len(parts) == 1 and len(lines[place]) <= 40
+                ):  # no control token, so the line is the marker
+                    line_starts.add(lines[place])
+        patterns = [re.escape(word) for word in sorted(anywhere, key=len, reverse=True)]
+        patterns += [rf"^[ \t]*{re.escape(line)}" for line in sorted(line_starts, key=len, reverse=True)]
+        return re.compile("|".join(patterns), re.MULTILINE) if patterns else None
 
     def _outside_controls(self, text: str) -> list[str]:
         """What of a piece of the template stands before, between and behind its control tokens."""
@@ -242,5 +256,10 @@ class ChatTemplate:
         return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def _break(marker: re.Match[str]) -> str:
-    return f"{marker[0][0]}\N{ZERO WIDTH SPACE}{marker[0][1:]}"
+    start = len(marker[0]) - len(marker[0].lstrip()) + 1
+    return f"{marker[0][:start]}\N{ZERO WIDTH SPACE}{marker[0][start:]}"

@@ -45,6 +45,8 @@ def check_method(method: str) -> str:
     Raises:
         UsageError: no such method; the message lists what there is.
     """
+    if not isinstance(method, str):
+        raise UsageError(f"a method is named by text, got {type(method).__name__}")
     if method not in METHODS and method != AUTO:
         raise UsageError(f"this version has no method '{method[:40]}': {nearest(method[:40], [AUTO, *METHODS])}")
     return method

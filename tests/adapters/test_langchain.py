@@ -177,7 +177,10 @@ def test_building_the_object_is_free(home):
         ({"input": QUESTION, "user_id": 3}, UsageError, "user id is text"),
         ({"input": QUESTION, "user_id": "alice", "strength": "2"}, UsageError, "strength is a number"),
         ({"input": QUESTION, "user_id": "alice", "max_tokens": "5"}, UsageError, "whole number"),
-        ({"input": QUESTION, "user_id": "alice", "stop": [3]}, UsageError, "stop takes strings"),
+        ({"input": QUESTION, "user_id": "alice", "stop": [3]}, UsageError, "stop takes"),
+        ({"input": QUESTION, "user_id": "alice", "stop": "abc"}, UsageError, "stop takes"),
+        ({"input": QUESTION, "user_id": "alice", "method": 3}, UsageError, "named by text"),
+        ({"input": QUESTION, "user_id": "alice", "temperature": "a"}, UsageError, "temperature is a number"),
         ({"input": [HumanMessage([{"type": "text"}])], "user_id": "alice"}, UsageError, "content block"),
         ({"input": [ToolMessage("x", tool_call_id="1")], "user_id": "alice"}, UsageError, "ToolMessage"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -69,6 +70,51 @@ def test_ctrl_c_keeps_the_partial_reply(environment, home):
     with sqlite3.connect(home / "prefmw.db") as database:
         text = database.execute("SELECT text FROM turns").fetchone()[0]
     assert text.encode().startswith((seen + rest)[:50])
+
+
+ANNOUNCING = """
+import sys
+from prefmw.decoding import Engine
+submit = Engine.submit
+def announced(self, request):
+    print("begun", file=sys.stderr, flush=True)
+    return submit(self, request)
+Engine.submit = announced
+from prefmw.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("how", ["--json", "--no-stream"])
+def test_ctrl_c_prints_what_was_not_shown_yet(environment, home, how):
+    command = [sys.executable, "-c", ANNOUNCING, "chat", "Count.", "-u", "alice", "--max-tokens", "15000", how]
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stderr.readline() == b"begun\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    ((_, reason, tokens),) = turns(home)
+    assert (process.returncode, reason) == (130, "interrupted")
+    assert 0 < tokens < 15000
+    assert len(out) > 10
+    if how == "--json":
+        reply = json.loads(out)
+        assert (reply["finish_reason"], reply["usage"]["output_tokens"]) == ("interrupted", tokens)
+
+
+def test_an_interrupted_turn_that_cannot_be_recorded_says_so(environment, home):
+    process = start(environment, "--max-tokens", "15000")
+    assert process.stdout.read(20)
+    other = sqlite3.connect(home / "prefmw.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    other.close()
+    assert process.returncode == 130
+    assert b"this turn was not recorded: database" in err
+    assert b"kept" not in err
 
 
 def test_a_second_ctrl_c_does_not_lose_the_reply(environment, home):
@@ -174,7 +220,7 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves(terminal, home):
     child.expect("Hello.\r\n")
     time.sleep(1)
     child.sendintr()
-    child.expect("stopped; the reply so far is kept")
+    child.expect("stopped; the reply so far is kept, marked so")
     child.expect("alice> ")
     child.sendintr()  # at the prompt it drops the line and stays
     child.expect("alice> ")
