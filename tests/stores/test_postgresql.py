@@ -114,7 +114,7 @@ def test_what_the_server_says_is_told_for_what_it_is(store, statement, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_database_that_does_not_exist_is_told():
+def test_a_database_that_does_not_exist_is_told(name):
     with pytest.raises(StoreError, match="does not exist"):
         SQLPreferenceStore(f"postgresql+psycopg://postgres@{SERVER}/no_such_database_here")
 
