@@ -26,6 +26,9 @@ from prefmw.preferences import Message
 from prefmw.reply import Reply, ReplyStream
 from prefmw.settings import load_settings
 
+_PER_CALL = ("method", "strength", "temperature", "top_p", "top_k", "max_tokens", "seed")
+"""Fields that a call's keywords may override."""
+
 _opening = threading.Lock()
 
 
@@ -63,7 +66,7 @@ class ChatPrefMW(BaseChatModel):
     """Sampling temperature; 0 is greedy."""
 
     top_p: float | None = None
-    """Nucleus of the candidate rule, in (0, 1]."""
+    """Nucleus of the candidate rule, up to 1 (no bound)."""
 
     top_k: int | None = None
     """Most candidates a token is drawn from."""
@@ -91,17 +94,7 @@ class ChatPrefMW(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "user_id": self.user_id,
-            "method": self.method,
-            "strength": self.strength,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
-        }
+        return {name: getattr(self, name) for name in ("model", "user_id", *_PER_CALL)}
 
     def _generate(
         self,
@@ -140,11 +133,10 @@ class ChatPrefMW(BaseChatModel):
         user_id = kwargs.pop("user_id", None) or self.user_id
         if not user_id:
             raise UsageError("whose preferences? pass user_id='...' to the call, or to ChatPrefMW(user_id='...')")
-        names = ("method", "strength", "temperature", "top_p", "top_k", "max_tokens", "seed")
-        values = {name: kwargs.pop(name, getattr(self, name)) for name in names}
+        values = {name: kwargs.pop(name, getattr(self, name)) for name in _PER_CALL}
         if kwargs:
             raise UsageError(
-                f"ChatPrefMW takes no {', '.join(sorted(kwargs))}; it takes user_id, {', '.join(names)}, stop"
+                f"ChatPrefMW takes no {', '.join(sorted(kwargs))}; it takes user_id, {', '.join(_PER_CALL)}, stop"
             )
         if stop is not None and not (isinstance(stop, list | tuple) and all(isinstance(text, str) for text in stop)):
             raise UsageError("stop takes a list of strings")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,7 @@ from prefmw.errors import PrefmwError, UnknownUserError, UsageError
 
 if TYPE_CHECKING:
     from prefmw.personalizer import Options, Personalizer
-    from prefmw.preferences import Message, PreferenceStore
+    from prefmw.preferences import Message, PreferenceStore, Profile
     from prefmw.reply import Reply
 
 
@@ -129,13 +129,13 @@ def chat(
     check_user_id(settings.user)
     store = open_store(settings)
     try:
-        _ensure_user(store, settings.user)
+        profile = _known_or_new(store, settings.user)
         with _loading(settings.model):
             from prefmw.personalizer import Options
 
             options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed)
             personalizer = build_personalizer(settings, store)
-            personalizer.plan(store.profile(settings.user), options)  # a wrong flag is told before the weights load
+            personalizer.plan(profile, options)  # a wrong flag is told before the weights load
             earlier = None
             if continue_ or conversation:
                 earlier = store.conversation(settings.user, conversation or "latest")
@@ -194,11 +194,10 @@ def _question(prompt: str | None) -> str | None:
     return question
 
 
-def _ensure_user(store: PreferenceStore, user_id: str) -> None:
-    """On a terminal an unknown user is created, and offered one line to describe themselves."""
+def _known_or_new(store: PreferenceStore, user_id: str) -> Profile:
+    """The user; on a terminal an unknown one is created, and offered one line to describe themselves."""
     try:
-        store.profile(user_id)
-        return
+        return store.profile(user_id)
     except UnknownUserError:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise
@@ -208,12 +207,11 @@ def _ensure_user(store: PreferenceStore, user_id: str) -> None:
     except (EOFError, KeyboardInterrupt):
         raise typer.Exit(130) from None
     try:
-        store.add_user(user_id, persona=persona, actor=actor(), reason="first chat")
+        return store.add_user(user_id, persona=persona, actor=actor(), reason="first chat")
     except UsageError as error:
-        store.add_user(user_id, actor=actor(), reason="first chat")
-        say(
-            f"{error}; {user_id} is stored without a persona, add one with: prefmw users edit {user_id} --persona '...'"
-        )
+        profile = store.add_user(user_id, actor=actor(), reason="first chat")
+        say(f"{error}; {user_id} is stored without one, add it with: prefmw users edit {user_id} --persona '...'")
+        return profile
 
 
 def _ask_line(prompt: str) -> str:
@@ -252,7 +250,7 @@ def _loading(model: str) -> Iterator[None]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    with console.status(f"loading {model} ...") if console.is_terminal else _nothing():
+    with console.status(f"loading {model} ...") if console.is_terminal else nullcontext():
         from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
@@ -262,8 +260,3 @@ def _loading(model: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from prefmw.preferences import Dimensions, Profile, principle_text
+from prefmw.preferences import STRENGTHS, Dimensions, Profile, default_dimensions, principle_text
 
 
 def say(text: str) -> None:
@@ -60,8 +60,6 @@ def shorten(text: str, width: int = 60) -> str:
 
 def profile_json(profile: Profile, dimensions: Dimensions) -> dict[str, Any]:
     """A profile as ``prefs show --json`` and ``users show --json`` print it."""
-    from prefmw.preferences import STRENGTHS
-
     return {
         "user": profile.user_id,
         "persona": profile.persona,
@@ -74,12 +72,21 @@ def profile_json(profile: Profile, dimensions: Dimensions) -> dict[str, Any]:
     }
 
 
+def show_profile(profile: Profile, json: bool) -> None:
+    """A profile on stdout, for a program or a person."""
+    if json:
+        print_json(profile_json(profile, default_dimensions()))
+    else:
+        print_profile(profile, default_dimensions())
+
+
 def print_profile(profile: Profile, dimensions: Dimensions, file: TextIO | None = None) -> None:
     """A profile for a person: persona, weights as bars, and the principle text they add up to."""
-    lines: list[str] = []
-    lines.append(f"{profile.user_id}  (revision {profile.revision})")
-    lines.append(f"persona    {printable(profile.persona) or '–'}")
-    lines.append(f"method     {_method(profile)}")
+    lines = [
+        f"{profile.user_id}  (revision {profile.revision})",
+        f"persona    {printable(profile.persona) or '–'}",
+        f"method     {_method(profile)}",
+    ]
     if profile.weights:
         lines.append("weights")
         for key, weight in sorted(profile.weights.items(), key=lambda item: -abs(item[1].value)):

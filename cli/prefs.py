@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from prefmw.cli.options import DatabaseOption, JsonOption, ReasonOption, UserArgument, actor, opened_store
-from prefmw.cli.output import print_json, print_profile, profile_json, say
+from prefmw.cli.output import say, show_profile
 from prefmw.errors import UsageError
-from prefmw.preferences import Profile, Source, Stated, default_dimensions
+from prefmw.preferences import Source, Stated, default_dimensions
 
 app = typer.Typer(help="A user's preferences: numbers one can read and edit.", no_args_is_help=True)
 
@@ -23,7 +23,7 @@ def show(user_id: UserArgument, json: JsonOption = False, database: DatabaseOpti
     """Show the weights in effect, where each came from, and the principle text they add up to."""
     with opened_store(database) as store:
         profile = store.profile(user_id)
-    _show(profile, json)
+    show_profile(profile, json)
 
 
 @app.command("set")
@@ -41,7 +41,7 @@ def set_weights(
         raise UsageError("a dimension is given twice; give each once")
     with opened_store(database) as store:
         profile = store.write_weights(user_id, values, source=_layer(as_admin), actor=actor(), reason=reason)
-    _show(profile, json)
+    show_profile(profile, json)
 
 
 @app.command("unset")
@@ -67,7 +67,7 @@ def unset_weights(
             say(f"{name} is now {left.value:+g}, from {left.source.name}")
         elif name not in before.weights:
             say(f"{name} was not set")
-    _show(profile, json)
+    show_profile(profile, json)
 
 
 def _parse(item: str) -> tuple[str, Stated]:
@@ -83,10 +83,3 @@ def _parse(item: str) -> tuple[str, Stated]:
 
 def _layer(as_admin: bool) -> Source:
     return Source.admin if as_admin else Source.user
-
-
-def _show(profile: Profile, json: bool) -> None:
-    if json:
-        print_json(profile_json(profile, default_dimensions()))
-    else:
-        print_profile(profile, default_dimensions())

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from prefmw.cli.options import DatabaseOption, JsonOption, ReasonOption, UserArgument, actor, opened_store
-from prefmw.cli.output import print_json, print_profile, print_table, profile_json, say, shorten
-from prefmw.errors import ConflictError, UsageError
-
-if TYPE_CHECKING:
-    from prefmw.preferences import Profile
+from prefmw.cli.output import print_json, print_table, say, shorten, show_profile
+from prefmw.errors import UsageError
 
 app = typer.Typer(help="The people whose preferences are stored.", no_args_is_help=True)
-
-ATTEMPTS = 20
-"""Tries of an edit while others write to the same user."""
 
 PersonaOption = Annotated[
     str | None, typer.Option("--persona", help="The person in plain words, at most 4,000 characters.")
@@ -37,12 +30,14 @@ def add(
     database: DatabaseOption = None,
 ) -> None:
     """Add a user."""
-    chosen, strengths = _dial(None, {}, method, strength)
+    chosen, strengths = _dial(None, method, strength)
     with opened_store(database) as store:
         profile = store.add_user(
             user_id, persona=persona or "", method=chosen, strengths=strengths, actor=actor(), reason=reason
         )
-    _show(profile, json, f"added {user_id}")
+    if not json:
+        say(f"added {user_id}")
+    show_profile(profile, json)
 
 
 @app.command("list")
@@ -83,7 +78,7 @@ def show(user_id: UserArgument, json: JsonOption = False, database: DatabaseOpti
     """Show a user: persona, method, weights and the principle text they add up to."""
     with opened_store(database) as store:
         profile = store.profile(user_id)
-    _show(profile, json)
+    show_profile(profile, json)
 
 
 @app.command()
@@ -105,51 +100,33 @@ def edit(
     if persona is None and method is None and strength is None and not clear_strengths:
         raise UsageError("nothing to change; give --persona, --method, --strength or --clear-strengths")
     with opened_store(database) as store:
-        for attempt in range(ATTEMPTS):
-            before = store.profile(user_id)
-            kept = {} if clear_strengths else before.strengths
-            chosen, strengths = _dial(before.method, kept, method, strength)
-            try:
-                profile = store.edit_user(
-                    user_id,
-                    persona=UNCHANGED if persona is None else persona,
-                    method=chosen,
-                    strengths=strengths,
-                    actor=actor(),
-                    reason=reason,
-                    expected_revision=before.revision,
-                )
-                break
-            except ConflictError:  # somebody wrote in between; what was asked holds all the same
-                if attempt == ATTEMPTS - 1:
-                    raise
-    changed = "changed" if profile.revision > before.revision else "unchanged:"
-    _show(profile, json, f"{changed} {user_id}")
+        before = store.profile(user_id)
+        chosen, changes = _dial(before.method, method, strength)
+        forgotten = dict.fromkeys(before.strengths) if clear_strengths else {}
+        profile = store.edit_user(
+            user_id,
+            persona=UNCHANGED if persona is None else persona,
+            method=UNCHANGED if method is None else chosen,
+            strengths={**forgotten, **changes},
+            actor=actor(),
+            reason=reason,
+        )
+    if not json:
+        say(f"{'changed' if profile.revision > before.revision else 'unchanged:'} {user_id}")
+    show_profile(profile, json)
 
 
 def _dial(
-    method: str | None, strengths: Mapping[str, float], new_method: str | None, new_strength: float | None
+    method: str | None, new_method: str | None, new_strength: float | None
 ) -> tuple[str | None, dict[str, float]]:
-    """Method and strengths after an edit; ``auto`` clears the method, a strength belongs to the method in force."""
+    """The method after an edit, and the strength set for it; ``auto`` clears the method."""
     from prefmw.preferences import AUTO, check_method, check_strength
 
-    after = dict(strengths)
     if new_method is not None:
         method = None if check_method(new_method) == AUTO else new_method
-    if new_strength is not None:
-        if method is None:
-            raise UsageError("a strength belongs to a method; say which, as in --method linear --strength 3")
-        check_strength(method, new_strength)
-        after[method] = new_strength
-    return method, after
-
-
-def _show(profile: Profile, json: bool, done: str = "") -> None:
-    from prefmw.preferences import default_dimensions
-
-    if done and not json:
-        say(done)
-    if json:
-        print_json(profile_json(profile, default_dimensions()))
-    else:
-        print_profile(profile, default_dimensions())
+    if new_strength is None:
+        return method, {}
+    if method is None:
+        raise UsageError("a strength belongs to a method; say which, as in --method linear --strength 3")
+    check_strength(method, new_strength)
+    return method, {method: new_strength}

@@ -84,7 +84,7 @@ class SQLPreferenceStore:
             persona=check_persona(persona),
             revision=1,
             method=_checked_method(method),
-            strengths=_checked(strengths or {}),
+            strengths=_merged({}, strengths or {}),
         )
         with self._database.writing() as connection:
             try:
@@ -131,7 +131,7 @@ class SQLPreferenceStore:
         *,
         persona: str | Unchanged = UNCHANGED,
         method: str | Unchanged | None = UNCHANGED,
-        strengths: Mapping[str, float] | Unchanged = UNCHANGED,
+        strengths: Mapping[str, float | None] | None = None,
         actor: str,
         reason: str = "",
         expected_revision: int | None = None,
@@ -143,7 +143,7 @@ class SQLPreferenceStore:
                 before,
                 persona=before.persona if persona is UNCHANGED else check_persona(persona),
                 method=before.method if method is UNCHANGED else _checked_method(method),
-                strengths=before.strengths if strengths is UNCHANGED else _checked(strengths),
+                strengths=_merged(before.strengths, strengths or {}),
             )
             return self._write(connection, before, after, actor, reason)
 
@@ -379,10 +379,12 @@ def _checked_method(method: str | None) -> str | None:
     return None if method is None else check_method(method)
 
 
-def _checked(strengths: Mapping[str, float]) -> dict[str, float]:
-    for method, strength in strengths.items():
-        check_strength(check_method(method), strength)
-    return dict(strengths)
+def _merged(strengths: Mapping[str, float], changes: Mapping[str, float | None]) -> dict[str, float]:
+    """The strengths after the changes, each of which is within its method's range; ``None`` forgets one."""
+    for method, strength in changes.items():
+        if strength is not None:
+            check_strength(check_method(method), strength)
+    return {method: strength for method, strength in {**strengths, **changes}.items() if strength is not None}
 
 
 def _text(text: str) -> str:

@@ -113,8 +113,7 @@ class ChatTemplate:
 
     def _outside_controls(self, text: str) -> list[str]:
         """What of a piece of the template stands before, between and behind its control tokens."""
-        longest_first = sorted(self._control_strings, key=len, reverse=True)
-        return re.split("|".join(map(re.escape, longest_first)), text) if longest_first else [text]
+        return re.split(self._control_pattern, text) if self._control_strings else [text]
 
     @cached_property
     def default_system(self) -> str:
@@ -232,6 +231,11 @@ class ChatTemplate:
         }
 
     @cached_property
+    def _control_pattern(self) -> str:
+        """A regular expression for any control string, the longest first."""
+        return "|".join(map(re.escape, sorted(self._control_strings, key=len, reverse=True)))
+
+    @cached_property
     def _control_ids(self) -> frozenset[int]:
         return frozenset(self._control_strings.values()) | frozenset(self._tokenizer.all_special_ids)
 
@@ -245,11 +249,8 @@ class ChatTemplate:
         for part, is_content in pieces:
             content[position : position + len(part)] = bytes([is_content]) * len(part)
             position += len(part)
-        # A lookahead, so that overlapping strings are all found; each start is tried for the longest string first.
-        longest_first = sorted(self._control_strings, key=len, reverse=True)
-        pattern = re.compile(f"(?=({'|'.join(map(re.escape, longest_first))}))")
         cuts = [0]
-        for match in pattern.finditer(text):
+        for match in re.finditer(f"(?=({self._control_pattern}))", text):  # a lookahead finds overlapping ones as well
             start, end = match.span(1)
             if any(content[start:end]):
                 cuts.append(start + 1)

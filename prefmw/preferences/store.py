@@ -109,12 +109,15 @@ class PreferenceStore(Protocol):
         *,
         persona: str | Unchanged = UNCHANGED,
         method: str | Unchanged | None = UNCHANGED,
-        strengths: Mapping[str, float] | Unchanged = UNCHANGED,
+        strengths: Mapping[str, float | None] | None = None,
         actor: str,
         reason: str = "",
         expected_revision: int | None = None,
     ) -> Profile:
-        """Change what is given and nothing else. Raises ConflictError if the revision is not the expected one."""
+        """Change what is given and nothing else. Raises ConflictError if the revision is not the expected one.
+
+        ``strengths`` are set for the methods they name, ``None`` forgetting one; other methods keep theirs.
+        """
         ...
 
     def write_weights(

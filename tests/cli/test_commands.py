@@ -90,7 +90,7 @@ def test_edits_at_once_all_hold(ok, alice, monkeypatch):
     original, meanwhile = SQLPreferenceStore.edit_user, []
 
     def interfering(self, user_id, **changes):
-        if len(meanwhile) < 3:
+        while len(meanwhile) < 3:
             meanwhile.append(original(self, user_id, persona=f"other {len(meanwhile)}", actor="other"))
         return original(self, user_id, **changes)
 

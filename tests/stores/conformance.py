@@ -117,6 +117,13 @@ class StoreConformance:
         assert (after.persona, after.method, dict(after.strengths)) == ("new", "linear", {"linear": 3.0})
         assert store.edit_user("alice", method=None, actor="test").method is None
 
+    def test_a_strength_is_set_for_its_method_and_the_others_keep_theirs(self, store):
+        store.add_user("alice", strengths={"linear": 3.0}, actor="test")
+        assert store.edit_user("alice", strengths={}, actor="test").strengths == {"linear": 3.0}
+        assert store.edit_user("alice", strengths={"linear": 4.0}, actor="test").strengths == {"linear": 4.0}
+        assert store.edit_user("alice", strengths={"linear": None}, actor="test").strengths == {}
+        assert store.profile("alice").strengths == {}
+
     def test_every_change_makes_the_next_revision_with_who_when_why_and_what(self, store):
         store.add_user("alice", persona="a", actor="admin", reason="new here")
         store.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="alice", reason="likes jokes")
