@@ -4,10 +4,10 @@ It knows views, not methods: a request names the contexts in which one reply is 
 next-token logits. It knows no text, no chat template and no user. One worker thread owns the model; callers hand it
 requests through a bounded queue and read tokens from a :class:`~prefmw.decoding.generation.Generation`.
 
-Inside, for now, one request at a time: all its views are rows of one forward per step, left-padded to one length, over
-transformers' own key-value cache.
+Inside, for now: requests that wait together are decoded together, and nobody joins before they are done. All views of
+all of them are rows of one forward per step, left-padded to one length, over transformers' own key-value cache.
 
-Shapes: K views, T time, V vocabulary.
+Shapes: R requests, K views each, T time, V vocabulary, P parameters.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefmw.alignment import Combined
 from prefmw.decoding.generation import FinishReason, Generation
 from prefmw.decoding.request import Request
 from prefmw.decoding.sampling import draw
 from prefmw.errors import ContextLengthError, EngineClosedError, EngineError, EngineOverloadedError, UsageError
+
+TOGETHER = 32
+"""The most requests that are decoded at once."""
+
+_Job = tuple[Request, Generation]
 
 
 class Engine:
@@ -42,7 +48,7 @@ class Engine:
         self._vocabulary = vocabulary
         self._device = model.get_input_embeddings().weight.device
         self._accepts = inspect.signature(model.forward).parameters
-        self._waiting: queue.Queue[tuple[Request, Generation] | None] = queue.Queue(maxsize=queue_size)
+        self._waiting: queue.Queue[_Job | None] = queue.Queue(maxsize=queue_size)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
@@ -96,52 +102,93 @@ class Engine:
 
     def _work(self) -> None:
         while not self._closed.is_set():
-            job = self._waiting.get()
-            if job is None:
-                continue
-            request, generation = job
-            try:
-                generation._start()
-                reason = self._decode(request, generation)
-            except BaseException as error:
-                generation._fail(error)
-            else:
-                if reason is None:
-                    generation._close()
-                else:
-                    generation._finish(reason)
+            waiting = self._gather()
+            while waiting and not self._closed.is_set():
+                rows, waiting = self._together(waiting)
+                self._run(rows)
+            for row in waiting:
+                row.generation._close()
         while not self._waiting.empty():
             job = self._waiting.get()
             if job is not None:
                 job[1]._close()
 
+    def _gather(self) -> list[_Row]:
+        """What waits and was not cancelled, up to the number decoded at once; waits for the first."""
+        jobs = [self._waiting.get()]
+        while len(jobs) < TOGETHER:
+            try:
+                jobs.append(self._waiting.get_nowait())
+            except queue.Empty:
+                break
+        return [_Row(*job, self._device) for job in jobs if job is not None]
+
+    def _together(self, waiting: list[_Row]) -> tuple[list[_Row], list[_Row]]:
+        """The first of ``waiting`` with all that can be decoded with it, and the rest: requests of one combiner and one
+        number of views, whose longest context and longest reply together stay within the capacity.
+        """
+        chosen: list[_Row] = []
+        rest: list[_Row] = []
+        for row in waiting:
+            width = max(one.width for one in (*chosen, row)) + max(one.room for one in (*chosen, row))
+            alike = not chosen or row.kind == chosen[0].kind
+            (chosen if alike and (not chosen or width <= self._capacity) else rest).append(row)
+        return chosen, rest
+
+    def _run(self, rows: list[_Row]) -> None:
+        """Decode ``rows`` together. Where that fails, each goes on alone from where it was, so that an exception
+        reaches its owner and nobody else.
+        """
+        error = self._attempt(rows)
+        left = [row for row in rows if not row.done]
+        if error is not None and len(left) == 1:
+            left[0].fail(error)
+        elif error is not None:
+            del error  # and with it what its traceback keeps in memory
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            for row in left:
+                self._run([row])
+
+    def _attempt(self, rows: list[_Row]) -> BaseException | None:
+        """Decode ``rows`` together to their ends; what stopped that, if anything did."""
+        try:
+            self._decode([row for row in rows if row.begin()])
+        except BaseException as error:
+            return error
+        return None
+
     @torch.inference_mode()
-    def _decode(self, request: Request, generation: Generation) -> FinishReason | None:
-        """Decode one request to its end; ``None`` if the engine was closed under it."""
-        sampling = request.sampling
-        generator = torch.Generator(device=self._device).manual_seed(sampling.seed)
-        parameters = torch.tensor([request.parameters], dtype=torch.float32, device=self._device)  # (1, P)
-        tokens, mask = _left_padded([view.context for view in request.views], self._device)  # (K, T) each
+    def _decode(self, rows: list[_Row]) -> None:
+        """All views of all requests in one forward per step; ``rows`` are of one kind."""
+        tokens, mask = _left_padded([context for row in rows for context in row.contexts()], self._device)
         cache: Any = None
-        for count in range(1, sampling.max_tokens + 1):
-            if self._closed.is_set():
-                return None
-            if generation.cancelled:
-                return "cancelled"
-            logits, cache = self._forward(tokens, mask, cache)  # (K, V)
-            combined = request.combiner(logits.unsqueeze(0), parameters)  # (1, V)
-            token = draw(combined, sampling, generator)
-            generation._drew()
-            if token in request.stop_ids:
-                return "stop"
-            generation._emit(token)
-            if count < sampling.max_tokens:
-                tokens = torch.full((len(request.views), 1), token, device=self._device)
-                mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-        return "length"
+        while rows:
+            count = len(rows[0].request.views)
+            logits, cache = self._forward(tokens, mask, cache)  # (R * K, V)
+            parameters = torch.tensor([row.request.parameters for row in rows], dtype=torch.float32)  # (R, P)
+            combined = rows[0].request.combiner(
+                logits.view(len(rows), count, -1), parameters.to(self._device)
+            )  # (R, V) twice
+            for index, row in enumerate(rows):
+                if self._closed.is_set():
+                    row.close()
+                else:
+                    row.step(Combined(combined.logits[index : index + 1], combined.rule[index : index + 1]))
+            kept = [index for index, row in enumerate(rows) if not row.done]
+            if len(kept) < len(rows):
+                rows = [rows[index] for index in kept]
+                views = torch.tensor(
+                    [index * count + view for index in kept for view in range(count)], dtype=torch.long
+                )
+                mask = mask[views.to(self._device)]
+                cache.reorder_cache(views.to(self._device))
+            tokens = torch.tensor([row.said[-1] for row in rows], dtype=torch.long, device=self._device)
+            tokens = tokens.repeat_interleave(count).unsqueeze(1)  # (R * K, 1)
+            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits after the last of ``tokens`` (K, new), ``mask`` being over all so far (K, T): (K, V), float32."""
+        """Logits after the last of ``tokens`` (R * K, new), ``mask`` being over all so far (R * K, T): (R * K, V)."""
         inputs: dict[str, Any] = {
             "input_ids": tokens,
             "attention_mask": mask,
@@ -166,6 +213,62 @@ class Engine:
             kind = type(self._model).__name__
             raise EngineError(f"{kind} keeps no key-value cache, which decoding needs; choose an attention-based model")
         return output.logits[:, -1, : self._vocabulary].float(), cache
+
+
+class _Row:
+    """One request in the making: what it has said, and the generator that goes on from there."""
+
+    def __init__(self, request: Request, generation: Generation, device: torch.device) -> None:
+        self.request = request
+        self.generation = generation
+        self.said: list[int] = []
+        self.done = False
+        self.kind = (request.combiner, len(request.views), len(request.parameters))
+        self.width = max(len(view.context) for view in request.views)
+        self.room = request.sampling.max_tokens
+        self._generator = torch.Generator(device=device).manual_seed(request.sampling.seed)
+
+    def contexts(self) -> list[list[int]]:
+        """What stands in front of the next token, a view each."""
+        return [[*view.context, *self.said] for view in self.request.views]
+
+    def begin(self) -> bool:
+        """Whether there is anything to do."""
+        if self.generation.started_at is None:
+            self.generation._start()
+        if self.generation.cancelled and not self.done:
+            self._finish("cancelled")
+        return not self.done
+
+    def step(self, combined: Combined) -> None:
+        """Draw the next token from logits (1, V)."""
+        try:
+            if self.generation.cancelled:
+                return self._finish("cancelled")
+            token = draw(combined, self.request.sampling, self._generator)
+            self.generation._drew()
+            if token in self.request.stop_ids:
+                return self._finish("stop")
+            self.said.append(token)
+            self.generation._emit(token)
+            if len(self.said) == self.room:
+                self._finish("length")
+        except BaseException as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Raise ``error`` to the caller."""
+        self.done = True
+        self.generation._fail(error)
+
+    def close(self) -> None:
+        """Tell the caller that the engine was shut down."""
+        self.done = True
+        self.generation._close()
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.done = True
+        self.generation._finish(reason)
 
 
 def _left_padded(contexts: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -203,6 +203,101 @@ def test_sampling_out_of_range_is_refused(field, value):
         sampling(**{field: value})
 
 
+def together(engine, *requests: Request) -> list[tuple[list[int], str | None]]:
+    """The replies to requests that wait together: the engine is kept busy until all are in its queue."""
+    entered, go = threading.Event(), threading.Event()
+
+    def waits(views, parameters):
+        entered.set()
+        go.wait(10)
+        return combine_plain(views, parameters)
+
+    first = engine.submit(Request((View(SHORT),), waits, sampling(max_tokens=1)))
+    assert entered.wait(10)
+    generations = [engine.submit(request) for request in requests]
+    go.set()
+    list(first)
+    return [(list(generation), generation.finish_reason) for generation in generations]
+
+
+MIXED = [
+    Request((View(LONG),), combine_plain, sampling(max_tokens=3)),
+    Request((View(SHORT),), combine_plain, sampling(max_tokens=24)),
+    Request((View(LONG[:9]),), combine_plain, sampling(max_tokens=24, temperature=1.0, seed=5)),
+    Request((View(SHORT[3:]),), combine_plain, sampling(max_tokens=11, temperature=1.0, seed=6)),
+    Request((View(SHORT), View(LONG)), combine_linear, sampling(max_tokens=9, temperature=0.7, seed=7), (2.0,)),
+    Request((View(LONG[:20]), View(LONG)), combine_linear, sampling(max_tokens=17), (5.0,)),
+]
+
+
+def test_requests_of_different_lengths_get_together_what_each_gets_alone(engine):
+    alone = []
+    for request in MIXED:
+        generation = engine.submit(request)
+        alone.append((list(generation), generation.finish_reason))
+    assert together(engine, *MIXED) == alone
+    assert [len(ids) for ids, _ in alone] == [3, 24, 24, 11, 9, 17]
+
+
+def test_a_stop_token_ends_one_reply_and_leaves_the_others(engine):
+    plain, _ = decode(engine, SHORT)
+    stopping = Request((View(SHORT),), combine_plain, GREEDY, (), frozenset({plain[4]}))
+    (stopped, reason), (whole, _) = together(engine, stopping, Request((View(SHORT),), combine_plain, GREEDY))
+    assert (stopped, reason) == (plain[: plain.index(plain[4])], "stop")
+    assert whole == plain
+
+
+def test_a_combiner_that_fails_in_company_fails_its_own_request_alone(engine):
+    def picky(views, parameters):
+        if bool((parameters < 0).any()):
+            raise ValueError("a negative parameter")
+        return combine_plain(views, parameters)
+
+    sound = Request((View(SHORT),), picky, GREEDY, (1.0,))
+    failing = Request((View(LONG),), picky, GREEDY, (-1.0,))
+    expected, _ = decode(engine, SHORT)
+    entered, go = threading.Event(), threading.Event()
+
+    def waits(views, parameters):
+        entered.set()
+        go.wait(10)
+        return combine_plain(views, parameters)
+
+    engine.submit(Request((View(SHORT),), waits, sampling(max_tokens=1)))
+    assert entered.wait(10)
+    first, second, third = (engine.submit(request) for request in (sound, failing, sound))
+    go.set()
+    assert list(first) == list(third) == expected
+    with pytest.raises(EngineError, match="a negative parameter"):
+        list(second)
+
+
+def test_requests_too_wide_together_are_decoded_one_after_the_other(model):
+    engine = Engine(model, capacity=80, vocabulary=VOCABULARY)
+    wide = Request((View(LONG),), combine_plain, sampling(max_tokens=20))
+    long = Request((View(SHORT),), combine_plain, sampling(max_tokens=60))
+    replies = together(engine, wide, long)
+    engine.close()
+    assert [len(ids) for ids, _ in replies] == [20, 60]
+
+
+def test_a_request_cancelled_while_it_waits_is_not_decoded(engine):
+    entered, go = threading.Event(), threading.Event()
+
+    def waits(views, parameters):
+        entered.set()
+        go.wait(10)
+        return combine_plain(views, parameters)
+
+    engine.submit(Request((View(SHORT),), waits, sampling(max_tokens=1)))
+    assert entered.wait(10)
+    cancelled = engine.submit(Request((View(LONG),), combine_plain, GREEDY))
+    kept = engine.submit(Request((View(SHORT),), combine_plain, GREEDY))
+    cancelled.cancel()
+    go.set()
+    assert (list(cancelled), cancelled.finish_reason, len(list(kept))) == ([], "cancelled", 24)
+
+
 def test_an_exception_reaches_its_owner_and_nobody_else(engine):
     def broken(views, parameters):
         raise ValueError("no such thing")
