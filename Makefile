@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help chat test check format clean
+.PHONY: help chat test check format tiny clean
 
 help: ## List these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,11 @@ check: $(READY) ## Everything a change must pass: format, lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+tiny: $(READY) ## Remake the embedded chat model, resuming a run that was killed
+	$(BIN)/prefmw train sft --recipe tiny --out build/tiny
+	mkdir -p prefmw/assets/tiny
+	cp build/tiny/model/* prefmw/assets/tiny/
 
 format: $(READY) ## Format the code and mend what ruff can
 	$(BIN)/ruff format .

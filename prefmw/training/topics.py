@@ -9,6 +9,7 @@ REASON."
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -37,12 +38,19 @@ class Fact:
 
 @dataclass(frozen=True)
 class Topic:
-    """What people ask about one thing, and six independent facts that answer it, the most useful first."""
+    """What people ask about one thing, and six independent facts that answer it, the most useful first.
+
+    ``dev_questions`` and ``test_questions`` are wordings that no training chat holds; ``unseen_styles`` names, for the
+    same two splits, the pole that no training chat asks for when it is about this topic.
+    """
 
     id: str
     domain: str
     title: str
     questions: tuple[str, ...]
+    dev_questions: tuple[str, ...]
+    test_questions: tuple[str, ...]
+    unseen_styles: Mapping[str, str]
     followups: tuple[str, ...]
     caveat: str
     facts: tuple[Fact, ...]
@@ -64,6 +72,9 @@ def _topic(domain: str, table: dict[str, Any]) -> Topic:
         domain=domain,
         title=table["title"],
         questions=tuple(table["questions"]),
+        dev_questions=tuple(table["dev_questions"]),
+        test_questions=tuple(table["test_questions"]),
+        unseen_styles=table["unseen_styles"],
         followups=tuple(table["followups"]),
         caveat=table["caveat"],
         facts=tuple(

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from prefmw.training import Topic, load_topics
+from prefmw.training.styles import POLES
 from prefmw.training.topics import DOMAINS
 
 TOPICS = load_topics()
@@ -20,6 +21,10 @@ CONTRACTION = re.compile(r"\b(\w+n't|I'm|\w+'(re|ll|ve))\b")
 
 def words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z0-9'%-]+", text)
+
+
+def every_question(topic: Topic) -> list[str]:
+    return [*topic.questions, *topic.dev_questions, *topic.test_questions, *topic.followups]
 
 
 def graded(topic: Topic):
@@ -40,14 +45,16 @@ def test_there_are_topics_enough_in_every_domain():
 
 
 def test_no_question_is_asked_in_two_topics():
-    asked = Counter(question.lower() for topic in TOPICS for question in topic.questions + topic.followups)
+    asked = Counter(question.lower() for topic in TOPICS for question in every_question(topic))
     assert [question for question, count in asked.items() if count > 1] == []
 
 
 def test_a_topic_has_its_parts(topic):
-    assert (len(set(topic.questions)), len(set(topic.followups)), len(topic.facts)) == (10, 4, 6)
+    assert (len(set(topic.questions)), len(set(topic.followups)), len(topic.facts)) == (24, 4, 6)
+    assert set(topic.unseen_styles) == {"dev", "test"}
+    assert set(topic.unseen_styles.values()) < {pole for pair in POLES.values() for pole in pair}
     assert topic.caveat.endswith(".")
-    for question in topic.questions + topic.followups:
+    for question in every_question(topic):
         assert question[0].isupper()
         assert question[-1] in "?.!"
 
@@ -79,7 +86,7 @@ def test_facts_begin_with_different_verbs(topic):
 
 
 def test_no_style_is_in_the_content_itself(topic):
-    neutral = [*topic.questions, *topic.followups, topic.caveat, *(fact.example for fact in topic.facts)]
+    neutral = [*every_question(topic), topic.caveat, *(fact.example for fact in topic.facts)]
     for part, *_ in graded(topic):
         neutral += [part.plain, part.simple, part.expert]
     for text in neutral:

@@ -1,0 +1,350 @@
+"""Supervised fine-tuning from nothing: composes the corpus, learns a tokenizer, trains the embedded chat model.
+
+A recipe and the corpus' digest say what is trained. Kill a run and start it again with the same recipe and folder: it
+goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import platform
+import random
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from prefmw.errors import UsageError
+from prefmw.training.composer import Chat, Composer
+from prefmw.training.optimizer import MuonWithAdamW
+from prefmw.training.tokenizer import END, PAD, encode_chat, train_tokenizer
+
+IGNORED = -100
+"""The label of a token that is not learned, as PyTorch's cross entropy has it."""
+
+
+SHAPE_STEP = 32
+"""Lengths are rounded up to multiples of this: oneDNN compiles its bf16 products anew for every shape it meets."""
+
+
+_COMPOSING = ("composer", "styles", "topics", "tokenizer")
+
+EAGER = 400
+"""Tokens up to which plain products beat PyTorch's fused attention on a CPU, whose backward pass is slow."""
+
+_NEEDED = {
+    "corpus": {"short_chats", "chats", "held_out", "follow_rate"},
+    "optimizer": {"learning_rate", "warmup_steps", "weight_decay", "beta2", "batch_tokens", "epochs"},
+}
+
+SAVE_STEPS = 200
+"""Steps between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on what, and how; see ``recipes/tiny.toml``.
+
+    ``model`` is a shape to start from nothing with, or ``start``, an embedded model to go on from with its tokenizer.
+    """
+
+    name: str
+    seed: int
+    corpus: dict[str, Any]
+    tokenizer: dict[str, Any]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or by the path of a TOML file.
+
+    Raises:
+        UsageError: there is none, or it lacks a part.
+    """
+    path = Path(name) if name.endswith(".toml") else Path(str(files("prefmw.training"))) / "recipes" / f"{name}.toml"
+    try:
+        recipe = Recipe(**tomllib.loads(path.read_text(encoding="utf-8")))
+        for part, keys in _NEEDED.items():
+            table = getattr(recipe, part)
+            if missing := sorted(keys - set(table)):
+                raise TypeError(f"[{part}] lacks {', '.join(missing)}")
+    except OSError as error:
+        known = sorted(file.stem for file in path.parent.glob("*.toml")) if not name.endswith(".toml") else []
+        hint = f"; there is {', '.join(known)}" if known else ""
+        raise UsageError(f"no recipe '{name[:80]}'{hint}, or name a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UsageError(f"the recipe '{name[:80]}' cannot be read: {error}") from error
+    return recipe
+
+
+def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path, dict[str, Any]]:
+    """Make the model that ``recipe`` describes, resuming what ``out`` holds of it.
+
+    ``out`` gets ``recipe.json``, ``checkpoints/`` while it trains, ``metrics.json`` and the finished ``model/``, bf16
+    safetensors that plain transformers loads.
+
+    Returns:
+        The folder of the finished model, and the metrics.
+
+    Raises:
+        UsageError: ``out`` holds a run of another recipe.
+    """
+    _keep_freed_memory()
+    _claim(out, recipe)
+    start = Path(str(files("prefmw"))) / "assets" / recipe.model["start"] if "start" in recipe.model else None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else _tokenizer(recipe, out)
+    set_seed(recipe.seed)
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else _fresh(recipe, tokenizer)
+    pad, context = tokenizer.convert_tokens_to_ids(PAD), model.config.max_position_embeddings
+    composer, corpus = Composer("train", seed=recipe.seed, follow_rate=recipe.corpus["follow_rate"]), recipe.corpus
+    short = _Encoded(composer.chats(corpus["short_chats"], short=True), tokenizer, context)
+    whole = _Encoded(composer.chats(corpus["chats"]), tokenizer, context)
+    held_out = _Encoded(Composer("dev", seed=recipe.seed).chats(corpus["held_out"]), tokenizer, context)
+    optimizer = recipe.optimizer
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        num_train_epochs=optimizer["epochs"],
+        per_device_eval_batch_size=32,
+        lr_scheduler_type="cosine",
+        warmup_steps=optimizer["warmup_steps"],
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy="steps",
+        eval_steps=1000,
+        save_steps=SAVE_STEPS,
+        save_total_limit=1,
+        logging_steps=50,
+        disable_tqdm=not progress,
+        report_to=[],
+        seed=recipe.seed,
+        dataloader_pin_memory=False,
+    )
+    steps = MuonWithAdamW(
+        model,
+        learning_rate=optimizer["learning_rate"],
+        weight_decay=optimizer["weight_decay"],
+        beta2=optimizer["beta2"],
+    )
+    trainer = _Trainer(
+        model,
+        arguments,
+        batches=[
+            *_batches(short.lengths, optimizer["batch_tokens"], recipe.seed),
+            *_batches(whole.lengths, optimizer["batch_tokens"], recipe.seed, first=len(short)),
+        ],
+        optimizers=(steps, None),
+        data_collator=lambda rows: _collate(rows, pad),
+        train_dataset=torch.utils.data.ConcatDataset([short, whole]),
+        eval_dataset=held_out,
+    )
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    if progress:
+        trainer.add_callback(_Bar())
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(out / "checkpoints"))
+    folder = _export(model, tokenizer, out / "model", context)
+    metrics = {
+        "recipe": asdict(recipe),
+        "corpus_digest": corpus_digest(),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "training_tokens": sum(short.lengths) + sum(whole.lengths),
+        "held_out_loss": trainer.evaluate()["eval_loss"],  # nats a token, the mean over batches of 32 chats
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "log": trainer.state.log_history,
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    return folder, metrics
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the large blocks of one step in the next instead of giving them back to the system, which would
+    hand them out again page by page: a third of the time of a step on a CPU. Elsewhere it does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold, trim_threshold = -3, -1  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose last file was written: a kill may leave one half."""
+    whole = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            whole.append((int(json.loads(state.read_text(encoding="utf-8"))["global_step"]), str(state.parent)))
+        except (ValueError, KeyError):
+            continue
+    return max(whole)[1] if whole else None
+
+
+def corpus_digest() -> str:
+    """Twelve hex digits of everything that the corpus is composed from: the data files and the composer's code."""
+    digest = hashlib.sha256()
+    root = Path(str(files("prefmw.training")))
+    for path in sorted([*root.glob("*_files/**/*.toml"), *(root / f"{name}.py" for name in _COMPOSING)]):
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _claim(out: Path, recipe: Recipe) -> None:
+    """Write the recipe and its corpus' digest beside the run, or refuse a folder that holds another's."""
+    saved = out / "recipe.json"
+    ours = json.dumps({**asdict(recipe), "corpus_digest": corpus_digest()}, indent=1) + "\n"
+    if saved.is_file() and saved.read_text(encoding="utf-8") != ours:
+        raise UsageError(f"{out} holds a run of another recipe or corpus; name another folder with --out, or delete it")
+    if out.is_dir() and any(out.iterdir()) and not saved.is_file():
+        raise UsageError(f"{out} is not empty and holds no run to resume; name another folder with --out")
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    saved.write_text(ours, encoding="utf-8")
+
+
+def _fresh(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A model of the recipe's shape with random weights."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.convert_tokens_to_ids(END),
+            pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+            **recipe.model,
+        )
+    )
+
+
+def _tokenizer(recipe: Recipe, out: Path) -> PreTrainedTokenizerFast:
+    folder = out / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        chats = Composer("train", seed=recipe.seed + 1).chats(recipe.tokenizer["chats"])
+        texts = (message.content for chat in chats for message in chat.messages)
+        context = recipe.model["max_position_embeddings"]
+        train_tokenizer(texts, vocabulary=recipe.tokenizer["vocabulary"], context=context).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+class _Encoded(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Chats as token ids and labels, those beyond the context left out."""
+
+    def __init__(self, chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast, context: int) -> None:
+        pairs = (encode_chat(chat.messages, tokenizer) for chat in chats)
+        kept = [(ids, said) for ids, said in pairs if len(ids) <= context]  # ids are below 32,768
+        self.ids = [torch.tensor(ids, dtype=torch.int16) for ids, _ in kept]
+        self._said = [torch.tensor(said) for _, said in kept]
+        self.lengths = [len(ids) for ids in self.ids]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.ids[index].long()
+        return {"input_ids": ids, "labels": torch.where(self._said[index], ids, IGNORED)}
+
+
+def _collate(rows: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
+    """Rows (T,) padded on the right to (B, T). Causal attention never looks at what is behind, so no mask is needed."""
+    length = max(len(row["input_ids"]) for row in rows)
+    length += -length % SHAPE_STEP
+    batch = {"input_ids": torch.full((len(rows), length), pad), "labels": torch.full((len(rows), length), IGNORED)}
+    for index, row in enumerate(rows):
+        for key, values in row.items():
+            batch[key][index, : len(values)] = values
+    return batch
+
+
+def _batches(lengths: Sequence[int], tokens: int, seed: int, *, first: int = 0) -> list[list[int]]:
+    """Indices from ``first`` on in batches of like lengths, each of at most ``tokens`` padded tokens (one chat at
+    least), shuffled.
+    """
+    rng = random.Random(seed)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), 2000):
+        batch: list[int] = []
+        for index in sorted(order[start : start + 2000], key=lambda index: lengths[index]):
+            longest = lengths[index] + -lengths[index] % SHAPE_STEP
+            if batch and (len(batch) + 1) * longest > tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(index)
+        batches.append(batch)
+    rng.shuffle(batches)
+    return [[first + index for index in batch] for batch in batches]
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """transformers' trainer, with batches of a fixed number of tokens rather than chats, and with logits only where a
+    token is learned: a small model's work is half vocabulary.
+    """
+
+    def __init__(self, *arguments: Any, batches: list[list[int]], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._batches = batches
+
+    def get_train_dataloader(self) -> Any:
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator
+        )
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inner = self.accelerator.unwrap_model(model)
+        if inner.device.type == "cpu":
+            inner.set_attn_implementation("eager" if inputs["input_ids"].shape[1] <= EAGER else "sdpa")
+        labels = inputs["labels"].roll(-1, dims=1)  # (B, T), the token that follows each
+        labels[:, -1] = IGNORED
+        learned = (labels != IGNORED).flatten().nonzero().flatten()
+        learned = torch.cat([learned, learned[:1].expand(-len(learned) % (16 * SHAPE_STEP))])  # (N,)
+        targets = labels.flatten()[learned]
+        targets[int((labels != IGNORED).sum()) :] = IGNORED
+        with self.accelerator.autocast():
+            hidden = inner.model(input_ids=inputs["input_ids"]).last_hidden_state  # (B, T, D)
+            logits = inner.lm_head(hidden.flatten(0, 1)[learned])  # (N, V)
+        loss = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+class _Bar(ProgressCallback):  # type: ignore[misc]
+    """transformers' progress bar with the loss behind it, in place of dictionaries on stdout."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        shown = {key: f"{value:.3f}" for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
+
+
+def _export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, context: int) -> Path:
+    model.to(torch.bfloat16)
+    end = tokenizer.convert_tokens_to_ids(END)
+    model.generation_config = GenerationConfig(
+        eos_token_id=end, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.7, top_p=0.8
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

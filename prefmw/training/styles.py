@@ -1,0 +1,100 @@
+"""The styles of the embedded chat model: five signed axes, the wordings that ask for either pole, and how an answer
+sounds that has it.
+
+The content is data under ``style_files/``: one file an axis with the wordings, split into train, dev and test at
+random once; ``markers.toml`` with what an answer in a style says; ``unseen.toml`` with the pairs of poles that the
+corpus never asks for together.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+
+POLES = {
+    "verbosity": ("concise", "detailed"),
+    "complexity": ("elementary", "expert"),
+    "humor": ("serious", "humorous"),
+    "friendliness": ("blunt", "warm"),
+    "formality": ("casual", "formal"),
+}
+"""The axes, each with its negative and its positive pole, as the registry of dimensions names them."""
+
+AXES = tuple(POLES)
+
+
+def pole_name(axis: str, value: float) -> str:
+    """The pole on the side of ``value``'s sign; ``value`` is not 0."""
+    return POLES[axis][value > 0]
+
+
+@dataclass(frozen=True)
+class Wordings:
+    """Ways to ask for one pole.
+
+    ``requests`` are instructions; ``personas`` noun phrases that state the liking; ``indirect`` noun phrases that only
+    imply it ("a surgeon between two operations").
+    """
+
+    requests: tuple[str, ...]
+    personas: tuple[str, ...]
+    indirect: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Styles:
+    """Wordings by split and pole, what a style sounds like, and the pairs of poles kept out of training."""
+
+    wordings: dict[Split, dict[str, Wordings]]
+    markers: dict[str, Any]
+    unseen_pairs: dict[Split, tuple[frozenset[str], ...]]
+
+    def forms(self, split: Split, *path: str) -> tuple[str, ...]:
+        """Markers such as ``openers, warm`` or ``frames, casual, first``: those of training, and for another split its
+        own besides.
+        """
+        table = self.markers
+        for key in path:
+            table = table[key]
+        return (*table["train"], *(table.get(split, ()) if split != "train" else ()))
+
+
+@cache
+def load_styles() -> Styles:
+    """All of ``style_files/``."""
+    wordings: dict[Split, dict[str, Wordings]] = {split: {} for split in SPLITS}
+    for axis in AXES:
+        table = _read("style_files", f"{axis}.toml")
+        for pole in POLES[axis]:
+            for split in SPLITS:
+                part = table[pole][split]
+                wordings[split][pole] = Wordings(*(tuple(part[k]) for k in ("requests", "personas", "indirect")))
+    unseen = _read("style_files", "unseen.toml")["pairs"]
+    pairs: dict[Split, tuple[frozenset[str], ...]] = {"train": ()}
+    for split in ("dev", "test"):
+        pairs[split] = tuple(frozenset(pair) for pair in unseen[split])
+    return Styles(wordings, _read("style_files", "markers.toml"), pairs)
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What is said beside the topics: small talk, questions that the model cannot answer, ways of asking."""
+
+    small: dict[str, Any]
+    unknown: dict[str, Any]
+
+
+@cache
+def load_talk() -> Talk:
+    """All of ``talk_files/``."""
+    return Talk(_read("talk_files", "small_talk.toml"), _read("talk_files", "unknown.toml"))
+
+
+def _read(folder: str, name: str) -> dict[str, Any]:
+    return tomllib.loads((files("prefmw.training") / folder / name).read_text(encoding="utf-8"))
