@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prefmw.cli.options import DatabaseOption, actor
-from prefmw.cli.output import emit, print_json, say
+from prefmw.cli.output import emit, loading, print_json, say
 from prefmw.errors import PrefmwError, UnknownUserError, UsageError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def chat(
     store = open_store(settings)
     try:
         profile = _known_or_new(store, settings.user)
-        with _loading(settings.model):
+        with loading(settings.model):
             from prefmw.personalizer import Options
 
             options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed)
@@ -240,23 +240,3 @@ def _one_interrupt() -> Iterator[None]:
 def heed_interrupts() -> None:
     """Ctrl-C raises KeyboardInterrupt again."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextmanager
-def _loading(model: str) -> Iterator[None]:
-    """A spinner on stderr while imports and weights load, on a terminal only; libraries keep quiet meanwhile."""
-    import warnings
-
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status(f"loading {model} ...") if console.is_terminal else nullcontext():
-        from huggingface_hub.utils import logging as hub_logging
-        from transformers.utils import logging
-
-        hub_logging.set_verbosity_error()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO
 
 from prefmw.preferences import STRENGTHS, Dimensions, Profile, default_dimensions, principle_text
@@ -26,6 +27,26 @@ def emit(text: str) -> None:
 def print_json(value: Any) -> None:
     """A result for a program, on stdout."""
     print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+@contextmanager
+def loading(model: str) -> Iterator[None]:
+    """A spinner on stderr while imports and weights load, on a terminal only; libraries keep quiet meanwhile."""
+    import warnings
+
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(f"loading {model} ...") if console.is_terminal else nullcontext():
+        from huggingface_hub.utils import logging as hub_logging
+        from transformers.utils import logging
+
+        hub_logging.set_verbosity_error()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
 
 
 def printable(text: str) -> str:

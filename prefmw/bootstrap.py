@@ -48,7 +48,7 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
         max_tokens=settings.max_tokens,
         seed=settings.seed,
     )
-    return Personalizer(store, lambda: _backend(settings), default_dimensions(), defaults)
+    return Personalizer(store, lambda: load_backend(settings), default_dimensions(), defaults)
 
 
 def embedded_path(name: str) -> Path:
@@ -56,8 +56,12 @@ def embedded_path(name: str) -> Path:
     return Path(str(files("prefmw"))) / "assets" / name
 
 
-def _backend(settings: Settings) -> Backend:
-    """One engine per chat model, revision, dtype and device in this process."""
+def load_backend(settings: Settings) -> Backend:
+    """The settings' chat model and its engine: one per model, revision, dtype and device in this process.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
     from prefmw.decoding import Engine
     from prefmw.models import ModelSpec, load_chat_model
     from prefmw.personalizer import Backend

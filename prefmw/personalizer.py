@@ -1,7 +1,7 @@
 """One turn: profile -> plan -> reply -> record. The command line, LangChain and servers all call this.
 
 A plan says, in numbers and words a person can read, how a reply will be steered. A new alignment method is a combiner
-in ``prefmw.alignment`` and its views in :func:`_request`.
+in ``prefmw.alignment`` and its views in :func:`build_request`.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Personalizer:
         chat, engine = self._backend()
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
         notices = _notices(plan, options, user_id)
-        request = _request(plan, messages, chat)
+        request = build_request(plan, messages, chat)
         prompt = max(len(view.context) for view in request.views)
         room = chat.capacity - prompt
         if room < 1:
@@ -251,7 +251,7 @@ def _notices(plan: Plan, options: Options, user_id: str) -> list[str]:
     return notices
 
 
-def _request(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> Request:
+def build_request(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> Request:
     """The contexts that a method reads the reply in, and how their logits are combined."""
 
     def request(combiner: Combiner, *contexts: Sequence[Message], parameters: tuple[float, ...] = ()) -> Request:

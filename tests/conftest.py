@@ -53,6 +53,23 @@ def backend(chat_model) -> Iterator:
     engine.close()
 
 
+@pytest.fixture(scope="session")
+def tiny() -> Iterator:
+    """The embedded chat model with an engine."""
+    from prefmw.bootstrap import embedded_path
+
+    if not (embedded_path("tiny") / "config.json").is_file():
+        pytest.skip("the embedded model is not in this checkout: make tiny")
+    from prefmw.decoding import Engine
+    from prefmw.models import ModelSpec, load_chat_model
+    from prefmw.personalizer import Backend
+
+    chat = load_chat_model(ModelSpec(name="tiny", path=embedded_path("tiny")))
+    engine = Engine(chat.module, capacity=chat.capacity, vocabulary=chat.vocabulary)
+    yield Backend(chat, engine)
+    engine.close()
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator:
     """A fresh SQLite store."""

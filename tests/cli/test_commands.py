@@ -346,6 +346,30 @@ MISTAKES = {
     "unknown command": (["usres"], 2, "users"),
     "not a number": (["chat", "x", "--max-tokens", "many"], 2, "--max-tokens"),
     "a folder as database": (["users", "list", "-d", "/tmp"], 1, "cannot be opened"),
+    "no such split": (["eval", "steer", "--split", "train"], 2, "dev or test"),
+    "no method at all": (["eval", "steer", "--methods", ","], 2, "at least one method"),
+    "method that is none, measured": (["eval", "steer", "--methods", "none,magic"], 2, "no method 'magic'"),
+    "auto, measured": (["eval", "steer", "--methods", "auto"], 2, "auto"),
+    "strength out of range, measured": (["eval", "steer", "--strength", "99"], 2, "[0, 10]"),
+    "no questions": (["eval", "steer", "--n", "0"], 2, "--n"),
+    "temperature below zero, measured": (["eval", "steer", "--n", "1", "--temperature", "-1"], 2, "temperature"),
+    "strengths tried on the test split": (["eval", "steer", "--strength", "1", "--strength", "2"], 2, "--split dev"),
+    "replies nowhere": (["eval", "steer", "--replies", "/nowhere/x.jsonl"], 2, "cannot be written"),
+    "curve of one point": (["eval", "steer", "--plot", "x.png"], 2, "several times"),
+    "picture of no kind": (
+        ["eval", "steer", "--split", "dev", "--strength", "1", "--strength", "2", "--plot", "x.txt"],
+        2,
+        ".png",
+    ),
+    "ratings nowhere": (["eval", "agreement", "/nowhere/x.jsonl"], 2, "cannot be read"),
+    "ratings that are none": (["eval", "agreement", "/etc/hosts"], 2, "holds no ratings"),
+    "recipe that is none": (
+        ["train", "sft", "--recipe", "huge", "--out", "/tmp/none"],
+        2,
+        "no recipe 'huge'; there is",
+    ),
+    "recipe file that is none": (["train", "sft", "--recipe", "/x.toml", "--out", "/tmp/none"], 2, "no recipe"),
+    "a full folder to train in": (["train", "sft", "--recipe", "tiny", "--out", "/etc"], 2, "not empty"),
     "unknown kind of database": (["users", "list", "-d", "nonsense://x"], 2, "no database of the kind"),
 }
 
@@ -426,6 +450,67 @@ def test_a_missing_extra_prints_its_pip_command(prefmw, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     code, _, err = prefmw("users", "list", "-d", "postgresql+psycopg://x@127.0.0.1/x")
     assert (code, "pip install 'prefmw[postgres]'" in err) == (1, True)
+
+
+# Training and measuring
+
+
+def test_steering_is_measured_and_its_replies_kept(tiny, prefmw, tmp_path):
+    kept, picture = tmp_path / "replies.jsonl", tmp_path / "curve.png"
+    arguments = ["eval", "steer", "--methods", "none,linear", "--split", "dev", "--n", "2"]
+    arguments += ["--strength", "0", "--strength", "2"]
+    code, out, _ = prefmw(*arguments, "--replies", str(kept), "--plot", str(picture), "--no-controls", "--json")
+    assert code == 0
+    result = json.loads(out)
+    asked = "method strength axis n followed ci95 relevance helpfulness repetition off_axis cost_ratio"
+    assert all(set(asked.split()) <= set(row) for row in result["rows"])
+    assert [row["axis"] for row in result["rows"]][:6] == [
+        "verbosity",
+        "complexity",
+        "humor",
+        "friendliness",
+        "formality",
+        "all",
+    ]
+    assert [(row["method"], row["strength"]) for row in result["rows"][::6]] == [
+        ("none", None),
+        ("linear", 0.0),
+        ("linear", 2.0),
+    ]
+    assert result["settings"]["model"] == "tiny"
+    assert len(kept.read_text().splitlines()) == 3 * 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = prefmw(*arguments, "--no-controls")
+    assert (code, "linear 2" in out) == (0, True)
+
+
+def test_readers_and_oracles_are_compared(ok, prefmw, tmp_path):
+    neutral = dict.fromkeys(("verbosity", "complexity", "humor", "friendliness", "formality"), 0)
+    texts = {"Sleep. No excuses.": -1, "Sleep well, I believe in you, my friend!": 1, "Sleep in a dark room.": 0}
+    lines = [
+        json.dumps({"text": text, "ratings": [{**neutral, "friendliness": rating}] * 2, "sensible": [True, False]})
+        for text, rating in texts.items()
+    ]
+    (tmp_path / "ratings.jsonl").write_text("\n".join(lines))
+    result = ok("eval", "agreement", str(tmp_path / "ratings.jsonl"))
+    row = next(row for row in result["rows"] if row["axis"] == "friendliness")
+    assert row == {
+        "axis": "friendliness",
+        "spearman": 1.0,
+        "n": 2,
+        "same_pole": 1.0,
+        "false_pole": 0.0,
+        "readers": 1.0,
+    }
+    assert (result["replies"], result["sensible"]) == (3, 0.5)
+    code, out, _ = prefmw("eval", "agreement", str(tmp_path / "ratings.jsonl"))
+    assert (code, "3 replies" in out) == (0, True)
+
+
+def test_training_without_its_extra_prints_the_pip_command(prefmw, monkeypatch):
+    monkeypatch.setattr("prefmw.cli.train.find_spec", lambda name: None)
+    code, _, err = prefmw("train", "sft", "--recipe", "tiny", "--out", "x")
+    assert (code, "pip install 'prefmw[train]'" in err) == (1, True)
 
 
 # Help

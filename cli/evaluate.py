@@ -1,0 +1,178 @@
+"""`prefmw eval`: steering measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefmw.cli.options import JsonOption
+from prefmw.cli.output import loading, print_json, print_table
+from prefmw.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from prefmw.evaluation.steer import Answered, Condition
+
+app = typer.Typer(help="Steering measured on held-out questions.", no_args_is_help=True)
+
+
+@app.command()
+def steer(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The chat model; by default the settings'.")
+    ] = None,
+    methods: Annotated[str, typer.Option("--methods", help="Methods to compare, joined by commas.")] = (
+        "none,prompt,linear"
+    ),
+    n: Annotated[int, typer.Option("--n", min=1, help="Questions an axis.")] = 40,
+    split: Annotated[str, typer.Option("--split", help="dev, to choose strengths on, or test, to report.")] = "test",
+    strength: Annotated[
+        list[float] | None, typer.Option("--strength", help="A strength to try; may be given several times.")
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the sampling; 0 is greedy.")] = 0.7,
+    controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Add the controls' rows.")] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Of the questions and the sampling.")] = 0,
+    replies: Annotated[
+        Path | None, typer.Option("--replies", help="Write every reply with its measures to this JSONL file.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw linear's curve over its strengths to this picture.")
+    ] = None,
+    second_opinion: Annotated[
+        bool, typer.Option("--second-opinion", help="Judge by a classifier on sentence embeddings as well.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Compare methods and controls: how often the style asked for is followed, and what it costs."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from prefmw.bootstrap import load_backend
+    from prefmw.evaluation.plots import plot_strengths
+    from prefmw.evaluation.second_opinion import SecondOpinion
+    from prefmw.evaluation.steer import MAX_TOKENS, TOP_P, conditions, steer_rows
+    from prefmw.preferences import default_dimensions
+    from prefmw.settings import load_settings
+    from prefmw.training.styles import AXES
+
+    if split not in ("dev", "test"):
+        raise UsageError(f"a split is dev or test, got '{split[:40]}'")
+    rows = conditions(_names(methods), strength or [], temperature, controls=controls)
+    if split == "test" and sum(row.name == "linear" for row in rows) > 1:
+        raise UsageError("choose a strength on --split dev; the test split is for reporting one")
+    if plot is not None:
+        _check_picture(plot, rows)
+    file = _opened(replies)
+    settings = load_settings({"model": model})
+    with loading(settings.model):
+        backend = load_backend(settings)
+        judge = SecondOpinion() if second_opinion else None
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks = {row: bar.add_task(f"{row.label} t={row.temperature:g}", total=n * len(AXES)) for row in rows}
+
+        def advance(row: Condition, count: int) -> None:
+            bar.update(tasks[row], completed=count)
+
+        def keep(row: Condition, answered: list[Answered]) -> None:
+            if file is not None:
+                file.writelines(answer.as_json_line(row) for answer in answered)
+
+        table = steer_rows(
+            split,  # type: ignore[arg-type]
+            rows,
+            n,
+            backend,
+            default_dimensions(),
+            seed=seed,
+            judge=judge,
+            progress=advance,
+            keep=keep,
+        )
+    if file is not None:
+        file.close()
+    if json:
+        model_used = {"model": backend.chat.name, "model_revision": backend.chat.revision, "dtype": backend.chat.dtype}
+        asked = {"split": split, "n": n, "seed": seed, "methods": _names(methods), "controls": controls}
+        bounds = {"temperature": temperature, "top_p": TOP_P, "max_tokens": MAX_TOKENS}
+        print_json({"rows": table, "settings": {**model_used, **asked, **bounds, "versions": _versions()}})
+    else:
+        columns = ["method", "t", "axis", "n", "followed", "95%", "relevant", "helpful", "loops", "off axis", "cost"]
+        print_table(columns, [_cells(row) for row in table])
+    if plot is not None:
+        plot_strengths(table, plot)
+
+
+@app.command("agreement")
+def show_agreement(
+    ratings: Annotated[Path, typer.Argument(metavar="RATINGS", help="JSON lines: text, ratings, sensible.")],
+    json: JsonOption = False,
+) -> None:
+    """Compare the oracles with readers' ratings of replies."""
+    from prefmw.evaluation.agreement import agreement, read_ratings
+
+    replies = read_ratings(ratings)
+    rows = agreement(replies)
+    sensible = [verdict for reply in replies for verdict in reply.sensible]
+    if json:
+        print_json({"replies": len(replies), "sensible": sum(sensible) / len(sensible), "rows": rows})
+        return
+    columns = ["axis", "spearman", "n", "same_pole", "false_pole", "readers"]
+    print_table(columns, [["–" if row[column] is None else str(row[column]) for column in columns] for row in rows])
+    print(f"{len(replies)} replies; {sum(sensible) / len(sensible):.0%} of the verdicts: a sensible reply")
+
+
+def _names(methods: str) -> list[str]:
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if not names:
+        raise UsageError("name at least one method, none,prompt,linear say")
+    return names
+
+
+def _check_picture(path: Path, rows: Sequence[Condition]) -> None:
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("plotting", "eval")
+    if sum(row.name == "linear" for row in rows) < 2:
+        raise UsageError("--plot draws linear's curve; name linear among the methods and give --strength several times")
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise UsageError(f"{path} is no picture's path: a folder that exists, and an ending in .png, .svg or .pdf")
+
+
+def _opened(path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("prefmw", "torch", "transformers")}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    label = row["method"] if row["strength"] is None else f"{row['method']} {row['strength']:g}"
+    low, high = row["ci95"]
+    return [
+        label,
+        f"{row['temperature']:g}",
+        row["axis"],
+        str(row["n"]),
+        _number(row["followed"]),
+        f"{low:.2f}-{high:.2f}",
+        _number(row["relevance"]),
+        _number(row["helpfulness"], 0),
+        _number(row["repetition"]),
+        _number(row["off_axis"]),
+        _number(row["cost_ratio"]),
+    ]

@@ -1,0 +1,348 @@
+"""Does a method make replies what a person asked for, and at what price? Methods and controls on held-out questions.
+
+Every condition answers the same items through the plan and the engine of a user's turn. Controls:
+
+- ``sharpened``: (1 + ratio) z1 without z0, so whatever is gained by mere certainty is seen.
+- ``shuffled``: Linear Alignment with the principle of a person who asks for nothing on that axis.
+- ``prompt`` at other temperatures.
+- ``best-of-N``: prompting sampled N times, the reply kept whose tokens the principle makes likeliest,
+  sum of log p(y | with) - log p(y | without): what Linear Alignment does by the token, done by the reply.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefmw.alignment import Combined
+from prefmw.decoding import Request, Sampling
+from prefmw.errors import UsageError
+from prefmw.evaluation.content import read_content, repeats
+from prefmw.evaluation.held_out import KINDS, Item, held_out_items
+from prefmw.evaluation.oracles import followed, measure
+from prefmw.evaluation.second_opinion import SecondOpinion
+from prefmw.evaluation.statistics import cluster_interval
+from prefmw.personalizer import Backend, build_request
+from prefmw.preferences import Dimensions, Message, Profile, check_method, check_strength, principle_text
+from prefmw.reply import Plan
+from prefmw.training.styles import AXES, Split
+
+MAX_TOKENS = 320
+"""Room for a reply: the corpus's longest answers take about 250 tokens."""
+
+TOP_P = 0.8
+"""The nucleus of the candidate rule, prefmw's default."""
+
+WAITING = 128
+"""Requests handed to the engine at once."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row's way of answering: a method of prefmw or a control, its strength, and the temperature."""
+
+    name: str
+    strength: float | None = None
+    temperature: float = 0.7
+
+    @property
+    def label(self) -> str:
+        """As a table shows it."""
+        return self.name if self.strength is None else f"{self.name} {self.strength:g}"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An item with its reply under one condition, and what the measures say of it; ``asked`` are the axes that the item
+    or the principle applied asks for.
+    """
+
+    item: Item
+    text: str
+    asked: frozenset[str]
+    measures: dict[str, float]
+    relevant: bool
+    helpfulness: float
+    repeats: bool
+
+    def as_json_line(self, condition: Condition) -> str:
+        """All of it as a line of JSON."""
+        item = self.item
+        return (
+            json.dumps(
+                {
+                    "method": condition.name,
+                    "strength": condition.strength,
+                    "temperature": condition.temperature,
+                    "topic": item.topic.id,
+                    "question": item.question,
+                    "more": item.more,
+                    "kind": item.kind,
+                    "axis": item.axis,
+                    "wanted": item.wanted,
+                    "persona": item.profile.persona,
+                    "text": self.text,
+                    "measures": {axis: round(value, 4) for axis, value in self.measures.items()},
+                    "followed": self.followed,
+                    "relevant": self.relevant,
+                    "helpfulness": self.helpfulness,
+                    "repeats": self.repeats,
+                }
+            )
+            + "\n"
+        )
+
+    @property
+    def followed(self) -> bool:
+        """Whether the reply has the pole asked for on the item's axis."""
+        return followed(self.measures[self.item.axis], self.item.wanted[self.item.axis])
+
+
+def conditions(
+    methods: Sequence[str], strengths: Sequence[float], temperature: float, *, controls: bool
+) -> list[Condition]:
+    """The rows of a table: each method, once per strength where it takes one, then the controls.
+
+    Raises:
+        UsageError: an unknown method, or a strength or the temperature out of range.
+    """
+    Sampling(temperature=temperature, top_p=TOP_P, top_k=None, max_tokens=MAX_TOKENS, seed=0)  # checks its bounds
+    rows = []
+    for method in methods:
+        if check_method(method) == "auto":
+            raise UsageError("name the methods to compare; auto is whichever of them a profile calls for")
+        takes = method not in ("none", "prompt")
+        for strength in (strengths or [None]) if takes else [None]:  # type: ignore[list-item]
+            rows.append(Condition(method, check_strength(method, strength), temperature))
+    if controls:
+        for ratio in [row.strength for row in rows if row.name == "linear"]:
+            rows += [Condition("sharpened", ratio, temperature), Condition("shuffled", ratio, temperature)]
+        rows += [Condition("prompt", None, heat) for heat in (0.3, 1.0) if heat != temperature]
+        if temperature > 0:
+            rows.append(Condition("best-of-4", None, temperature))
+    return rows
+
+
+def answer_items(
+    items: Sequence[Item],
+    condition: Condition,
+    backend: Backend,
+    dimensions: Dimensions,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda count: None,
+) -> tuple[list[Answered], float]:
+    """Every item's reply under one condition, and the seconds it took per token of those replies, many at a time.
+
+    A second-turn item's first reply comes from the same condition. ``progress`` is told how many replies are done.
+    """
+    applied = _shuffled(items, seed) if condition.name == "shuffled" else items
+    profiles = [other.profile for other in applied]
+    opened = [[Message("user", item.question)] for item in items]
+    texts, seconds, tokens = _replies(opened, profiles, condition, backend, dimensions, seed, progress)
+    later = [index for index, item in enumerate(items) if item.more]
+    if later:
+        longer = [
+            [*opened[index], Message("assistant", texts[index] or "…"), Message("user", items[index].more)]
+            for index in later
+        ]
+        people = [profiles[index] for index in later]
+        again = _replies(longer, people, condition, backend, dimensions, seed + len(items), lambda count: None)
+        seconds, tokens = seconds + again[1], tokens + again[2]
+        for index, text in zip(later, again[0], strict=True):
+            texts[index] = text
+    answered = [
+        _read(item, text, frozenset(item.wanted) | frozenset(other.wanted))
+        for item, text, other in zip(items, texts, applied, strict=True)
+    ]
+    return answered, seconds / max(1, tokens)
+
+
+def steer_rows(
+    split: Split,
+    rows: Iterable[Condition],
+    n: int,
+    backend: Backend,
+    dimensions: Dimensions,
+    *,
+    seed: int = 0,
+    judge: SecondOpinion | None = None,
+    progress: Callable[[Condition, int], None] = lambda condition, count: None,
+    keep: Callable[[Condition, list[Answered]], None] = lambda condition, answered: None,
+) -> list[dict[str, Any]]:
+    """The table: per condition one row an axis and one over all, ``n`` items an axis.
+
+    Row keys are those of ``prefmw eval steer --json``. ``ci95`` resamples preferences, not replies; ``over_prompt`` is
+    the paired difference to prompting at the same temperature, where that came before; ``off_axis`` the mean size of
+    the measures of axes that nobody asked for; ``cost_ratio`` the time per token of a reply over that of ``none``, many
+    replies at a time; ``second_opinion``, where there is a ``judge``, ``followed`` by its verdict.
+    """
+    items = list(held_out_items(split, n, seed=seed))
+    answer_items(items[:4], Condition("none"), backend, dimensions)  # warms up, for the sake of the timing
+    table: list[dict[str, Any]] = []
+    costs: dict[Condition, float] = {}
+    prompted: dict[float, list[Answered]] = {}
+    for condition in rows:
+        answered, costs[condition] = answer_items(
+            items, condition, backend, dimensions, seed=seed, progress=partial(progress, condition)
+        )
+        keep(condition, answered)
+        if condition.name == "prompt":
+            prompted[condition.temperature] = answered
+        opinions = judge.measure([answer.text for answer in answered]) if judge else None
+        for axis in (*AXES, "all"):
+            chosen = [index for index, item in enumerate(items) if axis in (item.axis, "all")]
+            row = _row(condition, axis, [answered[index] for index in chosen])
+            baseline = prompted.get(condition.temperature)
+            if baseline is not None and condition.name != "prompt":
+                row["over_prompt"] = _difference(
+                    [answered[index] for index in chosen], [baseline[index] for index in chosen]
+                )
+            if opinions is not None:
+                row["second_opinion"] = _mean(
+                    followed(float(opinions[items[index].axis][index]), items[index].wanted[items[index].axis])
+                    for index in chosen
+                )
+            table.append(row)
+    plain = next((cost for condition, cost in costs.items() if condition.name == "none"), None)
+    for row, condition in zip(table, [condition for condition in costs for _ in (*AXES, "all")], strict=True):
+        row["cost_ratio"] = round(costs[condition] / plain, 3) if plain else None
+    return table
+
+
+def combine_sharpened(views: Tensor, parameters: Tensor) -> Combined:
+    """(1 + ratio) z1 over the one view with the principle, its own nucleus: certainty without contrast."""
+    logits = views[:, 0]
+    return Combined((1 + parameters[:, :1]) * logits, logits)
+
+
+def _row(condition: Condition, axis: str, answered: list[Answered]) -> dict[str, Any]:
+    hits = [float(answer.followed) for answer in answered]
+    low, high = cluster_interval(hits, [answer.item.preference for answer in answered])
+    return {
+        "method": condition.name,
+        "strength": condition.strength,
+        "temperature": condition.temperature,
+        "axis": axis,
+        "n": len(answered),
+        "preferences": len({answer.item.preference for answer in answered}),
+        "followed": _mean(hits),
+        "ci95": [round(low, 4), round(high, 4)],
+        "toward": _mean(
+            answer.measures[answer.item.axis] * answer.item.wanted[answer.item.axis] for answer in answered
+        ),
+        "relevance": _mean(answer.relevant for answer in answered),
+        "helpfulness": _mean(answer.helpfulness for answer in answered),
+        "repetition": _mean(answer.repeats for answer in answered),
+        "off_axis": _mean(
+            abs(answer.measures[other]) for answer in answered for other in AXES if other not in answer.asked
+        ),
+        "kinds": {kind: _mean(answer.followed for answer in answered if answer.item.kind == kind) for kind in KINDS},
+        "later": _mean(answer.followed for answer in answered if answer.item.more),
+    }
+
+
+def _difference(answered: list[Answered], baseline: list[Answered]) -> dict[str, Any]:
+    """How much more often the style is followed than under prompting, the same items compared pair by pair."""
+    pairs = [float(ours.followed) - float(theirs.followed) for ours, theirs in zip(answered, baseline, strict=True)]
+    low, high = cluster_interval(pairs, [answer.item.preference for answer in answered])
+    return {"mean": _mean(pairs), "ci95": [round(low, 4), round(high, 4)]}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    """The mean to four digits; ``None`` of nothing."""
+    kept = list(values)
+    return round(sum(kept) / len(kept), 4) if kept else None
+
+
+def _read(item: Item, text: str, asked: frozenset[str]) -> Answered:
+    content = read_content(text, item.topic)
+    return Answered(item, text, asked, measure(text), content.relevant, content.helpfulness, repeats(text))
+
+
+def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    """For each item another whose profile asks for nothing on any of its axes."""
+    rng = random.Random(f"{seed}:shuffled")
+    return [rng.choice([other for other in items if not set(other.wanted) & set(item.wanted)]) for item in items]
+
+
+def _replies(
+    conversations: Sequence[Sequence[Message]],
+    profiles: Sequence[Profile],
+    condition: Condition,
+    backend: Backend,
+    dimensions: Dimensions,
+    seed: int,
+    progress: Callable[[int], None],
+) -> tuple[list[str], float, int]:
+    """The replies' texts, the seconds they took together, and their tokens."""
+    chat, _ = backend
+    many = int(condition.name.removeprefix("best-of-")) if condition.name.startswith("best-of-") else 1
+    requests = [
+        replace(request, sampling=replace(request.sampling, seed=seed + index * many + copy))
+        for index, (messages, profile) in enumerate(zip(conversations, profiles, strict=True))
+        for request in [_request(messages, profile, condition, backend, dimensions)]
+        for copy in range(many)
+    ]
+    started = time.perf_counter()
+    said: list[list[int]] = []
+    for at in range(0, len(requests), WAITING):
+        generations = [backend.engine.submit(request) for request in requests[at : at + WAITING]]
+        for request, generation in zip(requests[at : at + WAITING], generations, strict=True):
+            ids = list(generation)
+            ended = generation.finish_reason == "stop"
+            said.append([*ids, min(request.stop_ids)] if ended and many > 1 else ids)
+            progress(len(said) // many)
+    if many > 1:
+        chosen = []
+        for index, messages in enumerate(conversations):
+            candidates = said[index * many : (index + 1) * many]
+            plan = _plan("linear", profiles[index], condition, dimensions, strength=1.0)
+            contexts = [list(view.context) for view in build_request(plan, messages, chat).views]
+            gains = [_gain(reply, contexts, chat) for reply in candidates]
+            chosen.append(candidates[gains.index(max(gains))])
+        said = chosen
+    seconds, tokens = time.perf_counter() - started, sum(map(len, said))
+    return [chat.tokenizer.decode(reply, skip_special_tokens=True) for reply in said], seconds, tokens
+
+
+def _request(
+    messages: Sequence[Message], profile: Profile, condition: Condition, backend: Backend, dimensions: Dimensions
+) -> Request:
+    method = {"sharpened": "prompt", "shuffled": "linear"}.get(condition.name, condition.name)
+    method = "prompt" if method.startswith("best-of-") else method
+    strength = condition.strength if method == "linear" else None
+    plan = _plan(method, profile, condition, dimensions, strength)
+    request = build_request(plan, messages, backend.chat)
+    if condition.name == "sharpened":
+        request = replace(request, combiner=combine_sharpened, parameters=(condition.strength or 0.0,))
+    return request
+
+
+def _plan(method: str, profile: Profile, condition: Condition, dimensions: Dimensions, strength: float | None) -> Plan:
+    sampling = Sampling(temperature=condition.temperature, top_p=TOP_P, top_k=None, max_tokens=MAX_TOKENS, seed=0)
+    principle = principle_text(profile, dimensions)
+    return Plan(method, strength, principle, profile.revision, profile.weights, sampling)
+
+
+@torch.inference_mode()
+def _gain(reply: list[int], contexts: list[list[int]], chat: Any) -> float:
+    """log p(reply | with) - log p(reply | without), nats; the contexts are (without, with)."""
+    if not reply:
+        return -math.inf
+    scores = []
+    for context in contexts:
+        tokens = torch.tensor([[*context, *reply]], device=chat.module.device)
+        logits = chat.module(input_ids=tokens).logits[0, len(context) - 1 : -1].float()  # (T, V)
+        chosen = logits.log_softmax(dim=1).gather(1, tokens[0, len(context) :].unsqueeze(1))
+        scores.append(float(chosen.sum()))
+    return scores[1] - scores[0]
