@@ -87,7 +87,8 @@ def test_training_never_asks_for_a_held_out_pair_or_a_topics_unseen_style(chats)
 
 def test_a_tenth_of_the_question_wordings_is_held_out_for_each_split():
     for topic in TOPICS.values():
-        assert (len(topic.questions), len(topic.dev_questions), len(topic.test_questions)) == (24, 3, 3)
+        total = len(topic.questions) + len(topic.dev_questions) + len(topic.test_questions)
+        assert len(topic.dev_questions) == len(topic.test_questions) == round(0.1 * total) >= 6
     unseen = Counter(pole for topic in TOPICS.values() for pole in topic.unseen_styles.values())
     assert sum(unseen.values()) == 2 * len(TOPICS)
     assert min(unseen.values()) >= 10
@@ -101,8 +102,7 @@ def test_a_tenth_and_more_of_each_poles_wordings_is_held_out(axis):
             sets = {split: set(getattr(wordings, kind)) for split, wordings in by_split.items()}
             total = sum(map(len, sets.values()))
             assert len(set().union(*sets.values())) == total
-            assert len(sets["dev"]) == round(0.15 * total)
-            assert len(sets["test"]) >= round(0.15 * total) - 1
+            assert min(len(sets["dev"]), len(sets["test"])) >= 0.14 * total
 
 
 def test_what_is_asked_is_followed_at_the_rate_that_was_fixed():
