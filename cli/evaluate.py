@@ -62,7 +62,8 @@ def steer(
 
     if split not in ("dev", "test"):
         raise UsageError(f"a split is dev or test, got '{split[:40]}'")
-    rows = conditions(_names(methods), strength or [], temperature, controls=controls)
+    names = _names(methods)
+    rows = conditions(names, strength or [], temperature, controls=controls)
     if split == "test" and sum(row.name == "linear" for row in rows) > 1:
         raise UsageError("choose a strength on --split dev; the test split is for reporting one")
     if plot is not None:
@@ -98,7 +99,7 @@ def steer(
         file.close()
     if json:
         model_used = {"model": backend.chat.name, "model_revision": backend.chat.revision, "dtype": backend.chat.dtype}
-        asked = {"split": split, "n": n, "seed": seed, "methods": _names(methods), "controls": controls}
+        asked = {"split": split, "n": n, "seed": seed, "methods": names, "controls": controls}
         bounds = {"temperature": temperature, "top_p": TOP_P, "max_tokens": MAX_TOKENS}
         print_json({"rows": table, "settings": {**model_used, **asked, **bounds, "versions": _versions()}})
     else:
@@ -161,10 +162,11 @@ def _versions() -> dict[str, str]:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    label = row["method"] if row["strength"] is None else f"{row['method']} {row['strength']:g}"
+    from prefmw.evaluation.steer import Condition
+
     low, high = row["ci95"]
     return [
-        label,
+        Condition(row["method"], row["strength"]).label,
         f"{row['temperature']:g}",
         row["axis"],
         str(row["n"]),

@@ -107,7 +107,7 @@ class Engine:
                 rows, waiting = self._together(waiting)
                 self._run(rows)
             for row in waiting:
-                row.generation._close()
+                row.close()
         while not self._waiting.empty():
             job = self._waiting.get()
             if job is not None:

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 from prefmw.training.topics import Fact, Topic, load_topics
@@ -98,6 +98,7 @@ def content_words(text: str) -> frozenset[str]:
     return frozenset(word[:6] for word in words_of(text) if word not in FUNCTION_WORDS)
 
 
+@lru_cache(maxsize=1024)  # every measure asks it of every sentence
 def is_joke(sentence: str) -> bool:
     """Whether the sentence is one of the topics' jokes, told in most of its content words."""
     words = content_words(sentence)
@@ -140,17 +141,10 @@ def _share(wanted: frozenset[str], words: frozenset[str]) -> float:
     return len(wanted & words) / len(wanted) if wanted else 0.0
 
 
-_indexed: dict[str, tuple[_Fact, ...]] = {}
-
-
+@cache
 def _index(topic: Topic) -> tuple[_Fact, ...]:
     """The topic's facts as sets of words."""
-    if topic.id not in _indexed:
-        _indexed[topic.id] = _entries(topic)
-    return _indexed[topic.id]
 
-
-def _entries(topic: Topic) -> tuple[_Fact, ...]:
     def graded(*texts: str) -> tuple[frozenset[str], ...]:
         return tuple(content_words(text) for text in texts)
 

@@ -58,7 +58,7 @@ def held_out_items(split: Split, per_axis: int, *, seed: int = 0) -> Iterator[It
 
 
 def _item(split: Split, axis: str, sign: int, kind: Kind, rng: random.Random) -> Item:
-    topics, talk = load_topics(), load_talk()
+    topics, talk = list(load_topics()), load_talk()
     name = pole_name(axis, sign)
     wanted = {axis: sign}
     persona = ""

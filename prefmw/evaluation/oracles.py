@@ -51,7 +51,7 @@ def humor(text: str) -> float:
     """Jokes less earnest words: sentences that are jokes of the topics or hold a word of comedy count +1, those that
     stress how serious the matter is -1; their sum over the number of sentences that advise, cut to [-1, 1].
     """
-    return _balance(text, "humor", lambda sentence: 1 if is_joke(sentence) else 0)
+    return _balance(text, "humor", joke_counts=1)
 
 
 def friendliness(text: str) -> float:
@@ -88,12 +88,11 @@ def followed(value: float, wanted: int) -> bool:
     return value * wanted >= FOLLOWED
 
 
-def _balance(text: str, axis: str, otherwise: Callable[[str], int] = lambda sentence: 0) -> float:
+def _balance(text: str, axis: str, *, joke_counts: int = 0) -> float:
     total, advising = 0, 0
     for sentence in sentences(text):
         joke = is_joke(sentence)
-        sign = otherwise(sentence) or (0 if joke else _sign(axis, sentence))
-        total += sign
+        total += joke_counts if joke else _sign(axis, sentence)
         advising += not joke and (axis == "formality" or not _is_marked(sentence))
     return _cut(total / max(1, advising))
 

@@ -31,15 +31,15 @@ from prefmw.evaluation.held_out import KINDS, Item, held_out_items
 from prefmw.evaluation.oracles import followed, measure
 from prefmw.evaluation.second_opinion import SecondOpinion
 from prefmw.evaluation.statistics import cluster_interval
-from prefmw.personalizer import Backend, build_request
-from prefmw.preferences import Dimensions, Message, Profile, check_method, check_strength, principle_text
+from prefmw.personalizer import Backend, Defaults, build_request
+from prefmw.preferences import STRENGTHS, Dimensions, Message, Profile, check_method, check_strength, principle_text
 from prefmw.reply import Plan
 from prefmw.training.styles import AXES, Split
 
 MAX_TOKENS = 320
 """Room for a reply: the corpus's longest answers take about 250 tokens."""
 
-TOP_P = 0.8
+TOP_P = Defaults.top_p
 """The nucleus of the candidate rule, prefmw's default."""
 
 WAITING = 128
@@ -120,8 +120,7 @@ def conditions(
     for method in methods:
         if check_method(method) == "auto":
             raise UsageError("name the methods to compare; auto is whichever of them a profile calls for")
-        takes = method not in ("none", "prompt")
-        for strength in (strengths or [None]) if takes else [None]:  # type: ignore[list-item]
+        for strength in (strengths or [None]) if STRENGTHS[method] else [None]:  # type: ignore[list-item]
             rows.append(Condition(method, check_strength(method, strength), temperature))
     if controls:
         for ratio in [row.strength for row in rows if row.name == "linear"]:

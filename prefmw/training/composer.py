@@ -412,7 +412,7 @@ class Composer:
         pairs = self._styles.unseen_pairs
         return not any(pair <= named for pair in (*pairs["dev"], *pairs["test"]))
 
-    def _allowed_topics(self, style: Style) -> list[Topic]:
+    def _allowed_topics(self, style: Style) -> Sequence[Topic]:
         if self.split != "train":
             return self.topics
         return [topic for topic in self.topics if self._is_seen(style, topic)]

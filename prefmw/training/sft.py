@@ -109,8 +109,9 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         UsageError: ``out`` holds a run of another recipe.
     """
     _keep_freed_memory()
-    _claim(out, recipe)
     start = Path(str(files("prefmw"))) / "assets" / recipe.model["start"] if "start" in recipe.model else None
+    digest = corpus_digest()
+    _claim(out, recipe, digest)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else _tokenizer(recipe, out)
     set_seed(recipe.seed)
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else _fresh(recipe, tokenizer)
@@ -161,10 +162,10 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     if progress:
         trainer.add_callback(_Bar())
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(out / "checkpoints"))
-    folder = _export(model, tokenizer, out / "model", context)
+    folder = _export(model, tokenizer, out / "model")
     metrics = {
         "recipe": asdict(recipe),
-        "corpus_digest": corpus_digest(),
+        "corpus_digest": digest,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "training_tokens": sum(short.lengths) + sum(whole.lengths),
         "held_out_loss": trainer.evaluate()["eval_loss"],  # nats a token, the mean over batches of 32 chats
@@ -206,10 +207,10 @@ def corpus_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
+def _claim(out: Path, recipe: Recipe, digest: str) -> None:
     """Write the recipe and its corpus' digest beside the run, or refuse a folder that holds another's."""
     saved = out / "recipe.json"
-    ours = json.dumps({**asdict(recipe), "corpus_digest": corpus_digest()}, indent=1) + "\n"
+    ours = json.dumps({**asdict(recipe), "corpus_digest": digest}, indent=1) + "\n"
     if saved.is_file() and saved.read_text(encoding="utf-8") != ours:
         raise UsageError(f"{out} holds a run of another recipe or corpus; name another folder with --out, or delete it")
     if out.is_dir() and any(out.iterdir()) and not saved.is_file():
@@ -316,9 +317,10 @@ class _Trainer(Trainer):  # type: ignore[misc]
         labels = inputs["labels"].roll(-1, dims=1)  # (B, T), the token that follows each
         labels[:, -1] = IGNORED
         learned = (labels != IGNORED).flatten().nonzero().flatten()
-        learned = torch.cat([learned, learned[:1].expand(-len(learned) % (16 * SHAPE_STEP))])  # (N,)
+        count = len(learned)
+        learned = torch.cat([learned, learned[:1].expand(-count % (16 * SHAPE_STEP))])  # (N,)
         targets = labels.flatten()[learned]
-        targets[int((labels != IGNORED).sum()) :] = IGNORED
+        targets[count:] = IGNORED
         with self.accelerator.autocast():
             hidden = inner.model(input_ids=inputs["input_ids"]).last_hidden_state  # (B, T, D)
             logits = inner.lm_head(hidden.flatten(0, 1)[learned])  # (N, V)
@@ -339,7 +341,7 @@ class _Bar(ProgressCallback):  # type: ignore[misc]
             self.training_bar.set_postfix(shown)
 
 
-def _export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, context: int) -> Path:
+def _export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     model.to(torch.bfloat16)
     end = tokenizer.convert_tokens_to_ids(END)
     model.generation_config = GenerationConfig(

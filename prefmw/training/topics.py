@@ -11,6 +11,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -36,7 +37,7 @@ class Fact:
     joke: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Topic:
     """What people ask about one thing, and six independent facts that answer it, the most useful first.
 
@@ -56,14 +57,15 @@ class Topic:
     facts: tuple[Fact, ...]
 
 
-def load_topics() -> list[Topic]:
-    """Every topic, by domain and id."""
+@cache
+def load_topics() -> tuple[Topic, ...]:
+    """Every topic, by domain and id; read once, so that a topic is the same object wherever it is met."""
     root = files("prefmw.training") / "topic_files"
-    return [
+    return tuple(
         _topic(domain, tomllib.loads(file.read_text(encoding="utf-8")))
         for domain in DOMAINS
         for file in sorted((root / domain).iterdir(), key=lambda file: file.name)
-    ]
+    )
 
 
 def _topic(domain: str, table: dict[str, Any]) -> Topic:

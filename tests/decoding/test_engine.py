@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -203,8 +204,9 @@ def test_sampling_out_of_range_is_refused(field, value):
         sampling(**{field: value})
 
 
-def together(engine, *requests: Request) -> list[tuple[list[int], str | None]]:
-    """The replies to requests that wait together: the engine is kept busy until all are in its queue."""
+@contextmanager
+def kept_busy(engine):
+    """What is submitted within waits together: the engine decodes another request until the block ends."""
     entered, go = threading.Event(), threading.Event()
 
     def waits(views, parameters):
@@ -212,11 +214,16 @@ def together(engine, *requests: Request) -> list[tuple[list[int], str | None]]:
         go.wait(10)
         return combine_plain(views, parameters)
 
-    first = engine.submit(Request((View(SHORT),), waits, sampling(max_tokens=1)))
+    engine.submit(Request((View(SHORT),), waits, sampling(max_tokens=1)))
     assert entered.wait(10)
-    generations = [engine.submit(request) for request in requests]
+    yield
     go.set()
-    list(first)
+
+
+def together(engine, *requests: Request) -> list[tuple[list[int], str | None]]:
+    """The replies to requests that wait together."""
+    with kept_busy(engine):
+        generations = [engine.submit(request) for request in requests]
     return [(list(generation), generation.finish_reason) for generation in generations]
 
 
@@ -256,17 +263,8 @@ def test_a_combiner_that_fails_in_company_fails_its_own_request_alone(engine):
     sound = Request((View(SHORT),), picky, GREEDY, (1.0,))
     failing = Request((View(LONG),), picky, GREEDY, (-1.0,))
     expected, _ = decode(engine, SHORT)
-    entered, go = threading.Event(), threading.Event()
-
-    def waits(views, parameters):
-        entered.set()
-        go.wait(10)
-        return combine_plain(views, parameters)
-
-    engine.submit(Request((View(SHORT),), waits, sampling(max_tokens=1)))
-    assert entered.wait(10)
-    first, second, third = (engine.submit(request) for request in (sound, failing, sound))
-    go.set()
+    with kept_busy(engine):
+        first, second, third = (engine.submit(request) for request in (sound, failing, sound))
     assert list(first) == list(third) == expected
     with pytest.raises(EngineError, match="a negative parameter"):
         list(second)
@@ -282,19 +280,10 @@ def test_requests_too_wide_together_are_decoded_one_after_the_other(model):
 
 
 def test_a_request_cancelled_while_it_waits_is_not_decoded(engine):
-    entered, go = threading.Event(), threading.Event()
-
-    def waits(views, parameters):
-        entered.set()
-        go.wait(10)
-        return combine_plain(views, parameters)
-
-    engine.submit(Request((View(SHORT),), waits, sampling(max_tokens=1)))
-    assert entered.wait(10)
-    cancelled = engine.submit(Request((View(LONG),), combine_plain, GREEDY))
-    kept = engine.submit(Request((View(SHORT),), combine_plain, GREEDY))
-    cancelled.cancel()
-    go.set()
+    with kept_busy(engine):
+        cancelled = engine.submit(Request((View(LONG),), combine_plain, GREEDY))
+        kept = engine.submit(Request((View(SHORT),), combine_plain, GREEDY))
+        cancelled.cancel()
     assert (list(cancelled), cancelled.finish_reason, len(list(kept))) == ([], "cancelled", 24)
 
 
