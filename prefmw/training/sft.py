@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prefmw.errors import UsageError
+from prefmw.errors import ModelNotFoundError, UsageError
 from prefmw.training.composer import Chat, Composer
 from prefmw.training.optimizer import MuonWithAdamW
 from prefmw.training.tokenizer import END, PAD, encode_chat, train_tokenizer
@@ -107,9 +107,12 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
 
     Raises:
         UsageError: ``out`` holds a run of another recipe.
+        ModelNotFoundError: the model to start from is not there.
     """
     _keep_freed_memory()
     start = Path(str(files("prefmw"))) / "assets" / recipe.model["start"] if "start" in recipe.model else None
+    if start and not (start / "config.json").is_file():
+        raise ModelNotFoundError(f"the recipe goes on from '{start.name}', which is not in this installation")
     digest = corpus_digest()
     _claim(out, recipe, digest)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else _tokenizer(recipe, out)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from prefmw.errors import UsageError
+from prefmw.errors import ModelNotFoundError, UsageError
 from prefmw.models.templating import ChatTemplate
 from prefmw.preferences import Message
 from prefmw.training.composer import Composer
@@ -117,6 +117,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path):
     (other / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
         train_sft(small(), other, progress=False)
+
+
+def test_a_recipe_whose_start_is_missing_is_refused_before_anything_is_written(tmp_path: Path):
+    refit = load_recipe("refit")
+    with pytest.raises(ModelNotFoundError, match="'nobody', which is not in this installation"):
+        train_sft(dataclasses.replace(refit, model={"start": "nobody"}), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["nobody", "missing.toml"])
