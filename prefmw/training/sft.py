@@ -11,15 +11,20 @@ import hashlib
 import json
 import platform
 import random
+import sys
+import time
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -42,8 +47,7 @@ IGNORED = -100
 
 
 SHAPE_STEP = 32
-"""Lengths are rounded up to multiples of this: oneDNN compiles its bf16 products anew for every shape it meets."""
-
+"""Lengths are rounded up to multiples of this in bf16: oneDNN compiles its products anew for every shape it meets."""
 
 _COMPOSING = ("composer", "styles", "topics", "tokenizer")
 
@@ -110,6 +114,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         ModelNotFoundError: the model to start from is not there.
     """
     _keep_freed_memory()
+    dtype = _fastest_dtype()
     start = Path(str(files("prefmw"))) / "assets" / recipe.model["start"] if "start" in recipe.model else None
     if start and not (start / "config.json").is_file():
         raise ModelNotFoundError(f"the recipe goes on from '{start.name}', which is not in this installation")
@@ -120,17 +125,22 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else _fresh(recipe, tokenizer)
     pad, context = tokenizer.convert_tokens_to_ids(PAD), model.config.max_position_embeddings
     composer, corpus = Composer("train", seed=recipe.seed, follow_rate=recipe.corpus["follow_rate"]), recipe.corpus
-    short = _Encoded(composer.chats(corpus["short_chats"], short=True), tokenizer, context)
-    whole = _Encoded(composer.chats(corpus["chats"]), tokenizer, context)
+    with Progress(console=Console(file=sys.stderr), disable=not progress) as bar:
+        composed = partial(bar.track, description="composing")
+        short = _Encoded(
+            composed(composer.chats(corpus["short_chats"], short=True), corpus["short_chats"]), tokenizer, context
+        )
+        whole = _Encoded(composed(composer.chats(corpus["chats"]), corpus["chats"]), tokenizer, context)
     held_out = _Encoded(Composer("dev", seed=recipe.seed).chats(corpus["held_out"]), tokenizer, context)
     optimizer = recipe.optimizer
+    step = SHAPE_STEP if dtype == torch.bfloat16 else 1
     arguments = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         num_train_epochs=optimizer["epochs"],
         per_device_eval_batch_size=32,
         lr_scheduler_type="cosine",
         warmup_steps=optimizer["warmup_steps"],
-        bf16=True,
+        bf16=dtype == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps",
         eval_steps=1000,
@@ -147,16 +157,17 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         learning_rate=optimizer["learning_rate"],
         weight_decay=optimizer["weight_decay"],
         beta2=optimizer["beta2"],
+        dtype=dtype,
     )
     trainer = _Trainer(
         model,
         arguments,
         batches=[
-            *_batches(short.lengths, optimizer["batch_tokens"], recipe.seed),
-            *_batches(whole.lengths, optimizer["batch_tokens"], recipe.seed, first=len(short)),
+            *_batches(short.lengths, optimizer["batch_tokens"], recipe.seed, step=step),
+            *_batches(whole.lengths, optimizer["batch_tokens"], recipe.seed, step=step, first=len(short)),
         ],
         optimizers=(steps, None),
-        data_collator=lambda rows: _collate(rows, pad),
+        data_collator=lambda rows: _collate(rows, pad, step),
         train_dataset=torch.utils.data.ConcatDataset([short, whole]),
         eval_dataset=held_out,
     )
@@ -169,6 +180,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     metrics = {
         "recipe": asdict(recipe),
         "corpus_digest": digest,
+        "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "training_tokens": sum(short.lengths) + sum(whole.lengths),
         "held_out_loss": trainer.evaluate()["eval_loss"],  # nats a token, the mean over batches of 32 chats
@@ -177,6 +189,24 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return folder, metrics
+
+
+def _fastest_dtype() -> torch.dtype:
+    """bfloat16 where its products are the faster ones, by measurement: a CPU without such instructions emulates them,
+    at a tenth of float32's speed.
+    """
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(2048, 192, dtype=dtype), torch.ones(192, 640, dtype=dtype)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = min(times)
+    return min(seconds, key=lambda dtype: seconds[dtype])
 
 
 def _keep_freed_memory() -> None:
@@ -264,10 +294,12 @@ class _Encoded(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": ids, "labels": torch.where(self._said[index], ids, IGNORED)}
 
 
-def _collate(rows: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
-    """Rows (T,) padded on the right to (B, T). Causal attention never looks at what is behind, so no mask is needed."""
+def _collate(rows: Sequence[dict[str, Tensor]], pad: int, step: int) -> dict[str, Tensor]:
+    """Rows (T,) padded on the right to (B, T), T a multiple of ``step``. Causal attention never looks behind a row,
+    so no mask is needed.
+    """
     length = max(len(row["input_ids"]) for row in rows)
-    length += -length % SHAPE_STEP
+    length += -length % step
     batch = {"input_ids": torch.full((len(rows), length), pad), "labels": torch.full((len(rows), length), IGNORED)}
     for index, row in enumerate(rows):
         for key, values in row.items():
@@ -275,7 +307,7 @@ def _collate(rows: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
     return batch
 
 
-def _batches(lengths: Sequence[int], tokens: int, seed: int, *, first: int = 0) -> list[list[int]]:
+def _batches(lengths: Sequence[int], tokens: int, seed: int, *, step: int, first: int = 0) -> list[list[int]]:
     """Indices from ``first`` on in batches of like lengths, each of at most ``tokens`` padded tokens (one chat at
     least), shuffled.
     """
@@ -286,7 +318,7 @@ def _batches(lengths: Sequence[int], tokens: int, seed: int, *, first: int = 0) 
     for start in range(0, len(order), 2000):
         batch: list[int] = []
         for index in sorted(order[start : start + 2000], key=lambda index: lengths[index]):
-            longest = lengths[index] + -lengths[index] % SHAPE_STEP
+            longest = lengths[index] + -lengths[index] % step
             if batch and (len(batch) + 1) * longest > tokens:
                 batches.append(batch)
                 batch = []
