@@ -15,19 +15,14 @@ README = (ROOT / "README.md").read_text()
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 
 
-def test_the_readme_s_commands_and_snippets_run(toy, tmp_path):
+def test_the_readme_s_commands_and_snippets_run(tmp_path):
     """In one home, in the README's order: the console lines that begin with prefmw, then the Python."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     script = bin_folder / "prefmw"
     script.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'from prefmw.cli.main import main; main()' \"$@\"\n")
     script.chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{bin_folder}:{os.environ['PATH']}",
-        "PREFMW_MODEL": str(toy),
-        "PREFMW_MAX_TOKENS": "8",
-    }
+    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
     lines = [line.removeprefix("$ ") for line in README.splitlines() if line.startswith("$ prefmw ")]
     assert len(lines) >= 5
     shown = ""

@@ -22,10 +22,6 @@ from prefmw.training.topics import load_topics
 
 FOLDER = embedded_path("tiny")
 
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "config.json").is_file(), reason="the embedded model is not in this checkout: make tiny"
-)
-
 
 @pytest.fixture
 def personalizer(store, tiny) -> Personalizer:

@@ -176,6 +176,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     if progress:
         trainer.add_callback(_Bar())
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(out / "checkpoints"))
+    held_out_loss = trainer.evaluate()["eval_loss"]
     folder = _export(model, tokenizer, out / "model")
     metrics = {
         "recipe": asdict(recipe),
@@ -183,7 +184,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "training_tokens": sum(short.lengths) + sum(whole.lengths),
-        "held_out_loss": trainer.evaluate()["eval_loss"],  # nats a token, the mean over batches of 32 chats
+        "held_out_loss": held_out_loss,  # nats a token, the mean over batches of 32 chats
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
         "log": trainer.state.log_history,
     }
