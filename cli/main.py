@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from prefmw import __version__
-from prefmw.cli import chat, db, evaluate, models, prefs, train, users
+from prefmw.cli import bench, chat, db, evaluate, models, prefs, train, users
 from prefmw.cli.output import say
 from prefmw.errors import PrefmwError
 
@@ -28,6 +28,7 @@ app.add_typer(prefs.app, name="prefs")
 app.add_typer(models.app, name="models")
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
 app.add_typer(db.app, name="db")
 
 

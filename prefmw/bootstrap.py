@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from prefmw.preferences import PreferenceStore, default_dimensions
 from prefmw.settings import Settings
 
 if TYPE_CHECKING:
+    from prefmw.decoding import Engine
+    from prefmw.models import ChatModel
     from prefmw.personalizer import Backend, Personalizer
 
 EMBEDDED = ("tiny",)
@@ -81,11 +84,36 @@ def load_backend(settings: Settings) -> Backend:
         key = repr(spec)
         if key not in _backends:
             chat = load_chat_model(spec)
-            engine = Engine(chat.module, capacity=chat.capacity, vocabulary=chat.vocabulary)
+            engine = Engine(
+                chat.module,
+                capacity=chat.capacity,
+                vocabulary=chat.vocabulary,
+                parked_bytes=settings.parked_mb << 20,
+                park_on_cpu=settings.park_on_cpu,
+            )
+            _check_once(settings.home / "checked-models.json", chat, engine)
             if not _backends:
                 atexit.register(close_engines)
             _backends[key] = Backend(chat, engine)
         return _backends[key]
+
+
+def _check_once(remembered: Path, chat: ChatModel, engine: Engine) -> None:
+    """The engine's self-check, once per architecture, type and version of the libraries; what passed is remembered."""
+    import json
+    from importlib.metadata import version
+
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    asked = f"{type(chat.module).__name__}, {chat.module.config._attn_implementation}, {chat.dtype}, {libraries}"
+    try:
+        passed = set(json.loads(remembered.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        passed = set()
+    if asked not in passed:
+        engine.self_check()
+        with suppress(OSError):  # a home that cannot be written to costs the check every time
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            remembered.write_text(json.dumps(sorted({*passed, asked}), indent=1) + "\n", encoding="utf-8")
 
 
 def find_embedded(model: str) -> Path | None:

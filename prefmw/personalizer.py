@@ -156,7 +156,7 @@ class Personalizer:
         chat, engine = self._backend()
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
         notices = _notices(plan, options, user_id)
-        request = build_request(plan, messages, chat)
+        request = replace(build_request(plan, messages, chat), owner=user_id)
         prompt = max(len(view.context) for view in request.views)
         room = chat.capacity - prompt
         if room < 1:

@@ -93,6 +93,12 @@ class Settings(BaseSettings):
     template_options: dict[str, Any] = Field(default_factory=dict)
     """Variables of the model's chat template, {enable_thinking = false} say."""
 
+    parked_mb: int = Field(default=1024, ge=0)
+    """Memory for what conversations have read, between two turns; 0 keeps nothing."""
+
+    park_on_cpu: bool = False
+    """Keep that in the computer's memory rather than the device's."""
+
     method: str = "auto"
     """Alignment method for users who chose none: auto, none, prompt or linear."""
 

@@ -98,6 +98,8 @@ ARROWS = {
     "prefmw.bootstrap": ("prefmw",),
     "prefmw.stores": ("prefmw.preferences",),
     "prefmw.adapters": (
+        "prefmw.alignment",
+        "prefmw.decoding",
         "prefmw.preferences",
         "prefmw.personalizer",
         "prefmw.reply",

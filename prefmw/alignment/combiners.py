@@ -1,6 +1,6 @@
 """Combiners: how a method turns its views' logits into the logits to sample from.
 
-A combiner takes the logits of all views of B requests that share it, and each request's own parameters (its strength,
+A combiner takes, view by view, the logits of B requests that share it, and each request's own parameters (its strength,
 say), so that many users with different ones are combined by one call. It returns what to sample from and the rule's
 distribution, whose nucleus bounds the sampling (:mod:`prefmw.alignment.candidates`).
 
@@ -9,12 +9,13 @@ Shapes: B requests, K views, V vocabulary, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from prefmw.alignment.linear import scaled
+from prefmw.alignment.pad import guided
 
 
 class Combined(NamedTuple):
@@ -24,17 +25,17 @@ class Combined(NamedTuple):
     rule: Tensor
 
 
-Combiner = Callable[[Tensor, Tensor], Combined]
-"""(views' logits (B, K, V), parameters (B, P)) -> Combined."""
+Combiner = Callable[[Sequence[Tensor], Tensor], Combined]
+"""(K views' logits, (B, V) each, parameters (B, P)) -> Combined. A view of another vocabulary has its own V."""
 
 
-def combine_plain(views: Tensor, parameters: Tensor) -> Combined:
+def combine_plain(views: Sequence[Tensor], parameters: Tensor) -> Combined:
     """One view and no parameter, sampled as it is: methods ``none`` and ``prompt``."""
     (logits,) = _views(views, 1)
     return Combined(logits, logits)
 
 
-def combine_linear(views: Tensor, parameters: Tensor) -> Combined:
+def combine_linear(views: Sequence[Tensor], parameters: Tensor) -> Combined:
     """Linear Alignment's released form over the views (without, with), its one parameter the ratio.
 
     The rule is the view with the principle.
@@ -43,8 +44,13 @@ def combine_linear(views: Tensor, parameters: Tensor) -> Combined:
     return Combined(scaled(without, with_principle, ratio=parameters[:, 0]), with_principle)
 
 
-def _views(views: Tensor, count: int) -> list[Tensor]:
-    """The views' logits apart, each (B, V)."""
-    if views.ndim != 3 or views.shape[1] != count:
-        raise ValueError(f"expected logits (requests, {count} views, vocabulary), got shape {tuple(views.shape)}")
-    return list(views.unbind(dim=1))
+def combine_pad(views: Sequence[Tensor], parameters: Tensor) -> Combined:
+    """PAD over the views (base, policy) of one backbone, its one parameter beta. The rule is the base."""
+    base, policy = _views(views, 2)
+    return Combined(guided(base, policy, beta=parameters[:, 0]), base)
+
+
+def _views(views: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+    if len(views) != count:
+        raise ValueError(f"expected the logits of {count} views, got {len(views)}")
+    return views

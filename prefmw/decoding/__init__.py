@@ -2,6 +2,7 @@
 
 from prefmw.decoding.engine import Engine
 from prefmw.decoding.generation import FinishReason, Generation
+from prefmw.decoding.linears import Adapter
 from prefmw.decoding.request import Request, Sampling, View
 
-__all__ = ["Engine", "FinishReason", "Generation", "Request", "Sampling", "View"]
+__all__ = ["Adapter", "Engine", "FinishReason", "Generation", "Request", "Sampling", "View"]

@@ -1,63 +1,107 @@
 """The decode engine: token ids in, token ids out.
 
 It knows views, not methods: a request names the contexts in which one reply is read and the combiner that joins their
-next-token logits. It knows no text, no chat template and no user. One worker thread owns the model; callers hand it
+next-token logits. It knows no text, no chat template and no user. One worker thread owns the models; callers hand it
 requests through a bounded queue and read tokens from a :class:`~prefmw.decoding.generation.Generation`.
 
-Inside, for now: requests that wait together are decoded together, and nobody joins before they are done. All views of
-all of them are rows of one forward per step, left-padded to one length, over transformers' own key-value cache.
+Each step of the worker: take in what waits, read one chunk of the prompts that are not read yet, then decode one token
+of every reply whose prompts are: all their views that share a backbone are rows of one forward. So a long prompt stalls
+nobody,
+and replies come and go between any two tokens.
 
-Shapes: R requests, K views each, T time, V vocabulary, P parameters.
+Shapes: B requests, K views each, V vocabulary, P parameters.
 """
 
 from __future__ import annotations
 
-import inspect
 import queue
 import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefmw.alignment import Combined
+from prefmw.decoding.backbone import Backbone, Row
 from prefmw.decoding.generation import FinishReason, Generation
-from prefmw.decoding.request import Request
-from prefmw.decoding.sampling import draw
+from prefmw.decoding.linears import Adapter
+from prefmw.decoding.parking import Parking
+from prefmw.decoding.request import BASE, Request
+from prefmw.decoding.sampling import Bounds, draw
+from prefmw.decoding.selfcheck import self_check
 from prefmw.errors import ContextLengthError, EngineClosedError, EngineError, EngineOverloadedError, UsageError
 
-TOGETHER = 32
-"""The most requests that are decoded at once."""
+MAX_ROWS = 64
+"""Views decoded at once; requests beyond them wait."""
 
-_Job = tuple[Request, Generation]
+CHUNK = {"cpu": 256, "cuda": 2048}
+"""Prompt tokens read between two steps of the replies that are under way."""
 
 
 class Engine:
-    """Decodes requests on one causal language model.
+    """Decodes requests on one causal language model, or on several for requests whose views read different ones.
 
     Args:
-        model: a transformers causal language model, in evaluation mode, on its device.
+        model: a transformers causal language model, in evaluation mode, on its device; the backbone ``base``.
         capacity: tokens that one view may hold, context and reply together.
         vocabulary: columns of the logits that are real tokens; padded ones behind them are cut off.
         queue_size: requests that may wait.
+        max_rows: views decoded at once.
+        parked_bytes: memory for what conversations have read, between two turns.
+        park_on_cpu: keep that in the computer's memory rather than the device's.
+
+    Raises:
+        ModelError: a model whose past cannot be kept in rows.
     """
 
-    def __init__(self, model: Any, *, capacity: int, vocabulary: int, queue_size: int = 256) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Any,
+        *,
+        capacity: int,
+        vocabulary: int,
+        queue_size: int = 256,
+        max_rows: int = MAX_ROWS,
+        parked_bytes: int = 1 << 30,
+        park_on_cpu: bool = False,
+    ) -> None:
+        self._tables = {BASE: _Table(Backbone(model, vocabulary=vocabulary))}
         self._capacity = capacity
-        self._vocabulary = vocabulary
-        self._device = model.get_input_embeddings().weight.device
-        self._accepts = inspect.signature(model.forward).parameters
-        self._waiting: queue.Queue[_Job | None] = queue.Queue(maxsize=queue_size)
+        self._max_rows = max_rows
+        self._room = max_rows  # fewer after an out-of-memory, until those that fit are done
+        self._parking = Parking(parked_bytes)
+        self._park_on_cpu = park_on_cpu
+        self._waiting: queue.Queue[_Reply | None] = queue.Queue(maxsize=queue_size)
+        self._next: deque[_Reply] = deque()  # taken from the queue, without rows so far
+        self._reading: deque[_Reply] = deque()  # with a prompt not yet read
+        self._replying: list[_Reply] = []
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
+
+    def add_backbone(self, name: str, model: Any, *, vocabulary: int) -> None:
+        """Let views name a further model; one by that name that is there already stays.
+
+        Raises:
+            ModelError: a model whose past cannot be kept in rows.
+        """
+        if name not in self._tables:
+            self._tables[name] = _Table(Backbone(model, vocabulary=vocabulary))
+
+    def add_adapter(self, name: str, adapter: Adapter, *, backbone: str = BASE) -> None:
+        """Let views of a backbone be read with a LoRA of that name; one that is there already is replaced.
+
+        Raises:
+            ModelError: it does not fit the backbone.
+        """
+        self._tables[backbone].backbone.linears.add(name, adapter)
 
     def submit(self, request: Request) -> Generation:
         """Queue a request and return at once.
 
         Raises:
-            UsageError: no view, or an empty context.
+            UsageError: no view, an empty context, an unknown backbone, or more views than fit.
             ContextLengthError: context and ``max_tokens`` together exceed the capacity.
             EngineOverloadedError: the queue is full; worth a retry.
             EngineClosedError: the engine was shut down.
@@ -68,7 +112,7 @@ class Engine:
             if self._closed.is_set():
                 raise EngineClosedError("the engine is shut down; build a new one")
             try:
-                self._waiting.put_nowait((request, generation))
+                self._waiting.put_nowait(_Reply(request, generation))
             except queue.Full as error:
                 size = self._waiting.maxsize
                 raise EngineOverloadedError(f"the engine's queue is full ({size} requests); try again later") from error
@@ -76,6 +120,22 @@ class Engine:
                 self._worker = threading.Thread(target=self._work, name="prefmw-engine", daemon=True)
                 self._worker.start()
         return generation
+
+    def self_check(self) -> None:
+        """Compare rows with whole forwards of the model; before the first request.
+
+        Raises:
+            ModelError: they differ.
+        """
+        self_check(self._tables[BASE].backbone, capacity=self._capacity)
+
+    def forget(self, owner: str | None = None) -> None:
+        """Drop what is kept for an owner's next request; everybody's where nobody is named."""
+        self._parking.forget(owner)
+
+    def cache_bytes(self) -> int:
+        """Bytes allocated for the rows' keys and values at the moment."""
+        return sum(table.backbone.cache.bytes() for table in self._tables.values())
 
     def close(self) -> None:
         """Shut down: requests in flight fail with EngineClosedError, the worker ends."""
@@ -89,10 +149,22 @@ class Engine:
                 except queue.Full:
                     continue
                 worker.join(timeout=0.05)
+        for table in self._tables.values():
+            table.backbone.release()
 
     def _check(self, request: Request) -> None:
         if not request.views or any(len(view.context) == 0 for view in request.views):
             raise UsageError("a request needs at least one view, and every view at least one token of context")
+        if len(request.views) > self._max_rows:
+            raise UsageError(f"a request may have up to {self._max_rows} views, got {len(request.views)}")
+        if unknown := {view.backbone for view in request.views} - set(self._tables):
+            raise UsageError(f"no backbone '{min(unknown)}' in this engine; there is {', '.join(self._tables)}")
+        sizes = {self._tables[view.backbone].backbone.vocabulary for view in request.views if view.advance is None}
+        if len(sizes) > 1:
+            raise UsageError(
+                f"views of vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens share no tokens; give the "
+                "views that read another vocabulary an advance rule"
+            )
         longest = max(len(view.context) for view in request.views)
         if longest + request.sampling.max_tokens > self._capacity:
             raise ContextLengthError(
@@ -100,183 +172,316 @@ class Engine:
                 f"context of {self._capacity}; shorten the conversation or lower max-tokens"
             )
 
+    # The worker.
+
     def _work(self) -> None:
         while not self._closed.is_set():
-            waiting = self._gather()
-            while waiting and not self._closed.is_set():
-                rows, waiting = self._together(waiting)
-                self._run(rows)
-            for row in waiting:
-                row.close()
-        while not self._waiting.empty():
-            job = self._waiting.get()
-            if job is not None:
-                job[1]._close()
-
-    def _gather(self) -> list[_Row]:
-        """What waits and was not cancelled, up to the number decoded at once; waits for the first."""
-        jobs = [self._waiting.get()]
-        while len(jobs) < TOGETHER:
+            self._take_in()
             try:
-                jobs.append(self._waiting.get_nowait())
+                self._admit()
+                self._read_prompts()
+                self._reply()
+            except torch.OutOfMemoryError as error:
+                self._make_room(error)
+            except BaseException as error:  # whatever it was, its cause goes to those it hit, and the worker goes on
+                for reply in [*self._replying, *self._reading]:
+                    reply.fail(error)
+            self._sweep()
+        while not self._waiting.empty():
+            left = self._waiting.get()
+            if left is not None:
+                self._next.append(left)
+        for reply in [*self._replying, *self._reading, *self._next]:
+            reply.close()
+        self._sweep()
+
+    def _take_in(self) -> None:
+        """What waits in the queue; sleeps until something does where there is nothing else to do."""
+        idle = not (self._replying or self._reading or self._next)
+        while len(self._next) < self._max_rows:
+            try:
+                reply = self._waiting.get(block=idle)
             except queue.Empty:
-                break
-        return [_Row(*job, self._device) for job in jobs if job is not None]
+                return
+            if reply is None:
+                return
+            self._next.append(reply)
+            idle = False
 
-    def _together(self, waiting: list[_Row]) -> tuple[list[_Row], list[_Row]]:
-        """The first of ``waiting`` with all that can be decoded with it, and the rest: requests of one combiner and one
-        number of views, whose longest context and longest reply together stay within the capacity.
+    def _admit(self) -> None:
+        """Give rows to those who wait, in their order, as far as there is room."""
+        if not (self._replying or self._reading):
+            self._room = min(self._max_rows, 2 * self._room)
+        while self._next:
+            taken = sum(len(other.rows) for other in (*self._replying, *self._reading))
+            if taken and taken + len(self._next[0].request.views) > self._room:
+                return
+            reply = self._next.popleft()
+            self._reading.append(reply)
+            for index in range(len(reply.request.views) if reply.begin() else 0):
+                self._open(reply, index)
+
+    def _open(self, reply: _Reply, index: int) -> None:
+        """Give a view its row, with what is parked for its owner laid into it."""
+        view = reply.request.views[index]
+        row = self._tables[view.backbone].open(view.adapter, view.head_scale)
+        reply.rows.append(row)
+        context = reply.context(index)
+        if reply.request.owner is not None:
+            key = (reply.request.owner, view.backbone, view.adapter)
+            kept, length = self._parking.longest_prefix(key, context)
+            if kept is not None:
+                self._tables[view.backbone].backbone.restore(row, context[:length], kept)
+        row.pending = context[len(row.cached) :]
+
+    def _read_prompts(self) -> None:
+        """One chunk of the prompts, the one that has waited longest first; who is done joins the replies."""
+        alive = [reply for reply in self._reading if reply.begin()]
+        for name, table in self._tables.items():
+            room = CHUNK.get(table.backbone.device.type, CHUNK["cpu"])
+            rows: list[Row] = []
+            take: list[int] = []
+            for reply in alive:
+                for view, row in zip(reply.request.views, reply.rows, strict=True):
+                    count = min(len(row.pending), room)
+                    if view.backbone == name and count and _fits(count, take, room):
+                        rows.append(row)
+                        take.append(count)
+            if rows:
+                table.backbone.forward(rows, take)
+        read = [reply for reply in alive if not any(row.pending for row in reply.rows)]
+        for reply in read:
+            self._reading.remove(reply)
+            for view, row in zip(reply.request.views, reply.rows, strict=True):
+                self._tables[view.backbone].make_ready(row)
+        self._replying += read
+        self._reading.rotate(-1)
+
+    def _reply(self) -> None:
+        """One token more of every reply."""
+        for table in self._tables.values():
+            rows = table.ready()
+            if any(row.pending for row in rows):
+                table.backbone.forward(rows, [len(row.pending) for row in rows])
+        kinds: dict[Any, list[_Reply]] = {}
+        for reply in self._replying:
+            kinds.setdefault(reply.kind, []).append(reply)
+        for group in kinds.values():
+            self._draw(group)
+
+    def _draw(self, group: Sequence[_Reply]) -> None:
+        """The next token of replies of one kind; what fails together is tried one by one, so that an exception reaches
+        its owner and nobody else.
         """
-        chosen: list[_Row] = []
-        rest: list[_Row] = []
-        for row in waiting:
-            width = max(one.width for one in (*chosen, row)) + max(one.room for one in (*chosen, row))
-            alike = not chosen or row.kind == chosen[0].kind
-            (chosen if alike and (not chosen or width <= self._capacity) else rest).append(row)
-        return chosen, rest
-
-    def _run(self, rows: list[_Row]) -> None:
-        """Decode ``rows`` together. Where that fails, each goes on alone from where it was, so that an exception
-        reaches its owner and nobody else.
-        """
-        error = self._attempt(rows)
-        left = [row for row in rows if not row.done]
-        if error is not None and len(left) == 1:
-            left[0].fail(error)
-        elif error is not None:
-            del error  # and with it what its traceback keeps in memory
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            for row in left:
-                self._run([row])
-
-    def _attempt(self, rows: list[_Row]) -> BaseException | None:
-        """Decode ``rows`` together to their ends; what stopped that, if anything did."""
         try:
-            self._decode([row for row in rows if row.begin()])
-        except BaseException as error:
-            return error
-        return None
+            tokens = _drawn(group)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if len(group) == 1:
+                group[0].fail(error)
+                return
+            for reply in group:
+                self._draw([reply])
+            return
+        for reply, token in zip(group, tokens, strict=True):
+            reply.advance(token)
 
-    @torch.inference_mode()
-    def _decode(self, rows: list[_Row]) -> None:
-        """All views of all requests in one forward per step; ``rows`` are of one kind."""
-        tokens, mask = _left_padded([context for row in rows for context in row.contexts()], self._device)
-        cache: Any = None
-        while rows:
-            count = len(rows[0].request.views)
-            logits, cache = self._forward(tokens, mask, cache)  # (R * K, V)
-            parameters = torch.tensor([row.request.parameters for row in rows], dtype=torch.float32)  # (R, P)
-            combined = rows[0].request.combiner(
-                logits.view(len(rows), count, -1), parameters.to(self._device)
-            )  # (R, V) twice
-            for index, row in enumerate(rows):
-                if self._closed.is_set():
-                    row.close()
-                else:
-                    row.step(Combined(combined.logits[index : index + 1], combined.rule[index : index + 1]))
-            kept = [index for index, row in enumerate(rows) if not row.done]
-            if len(kept) < len(rows):
-                rows = [rows[index] for index in kept]
-                views = torch.tensor(
-                    [index * count + view for index in kept for view in range(count)], dtype=torch.long
-                )
-                mask = mask[views.to(self._device)]
-                cache.reorder_cache(views.to(self._device))
-            tokens = torch.tensor([row.said[-1] for row in rows], dtype=torch.long, device=self._device)
-            tokens = tokens.repeat_interleave(count).unsqueeze(1)  # (R * K, 1)
-            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+    def _make_room(self, error: torch.OutOfMemoryError) -> None:
+        """Send the younger half back to wait; what cannot be halved fails."""
+        active = [reply for reply in (*self._replying, *self._reading) if not reply.done]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._parking.forget()
+        if len(active) == 1:
+            sizes = ", ".join(str(len(row.cached) + len(row.pending)) for row in active[0].rows)
+            failure = EngineError(
+                f"out of memory with one request of {len(active[0].rows)} views ({sizes} tokens); shorten the prompt, "
+                "load the model in a narrower dtype or quantised, or use a smaller one"
+            )
+            failure.__cause__ = error
+            active[0].fail(failure)
+            return
+        for reply in reversed(active[len(active) // 2 :]):
+            self._close_rows(reply)
+            self._next.appendleft(reply)
+            if reply in self._reading:
+                self._reading.remove(reply)
+            else:
+                self._replying.remove(reply)
+        self._room = sum(len(reply.rows) for reply in (*self._replying, *self._reading))
 
-    def _forward(self, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits after the last of ``tokens`` (R * K, new), ``mask`` being over all so far (R * K, T): (R * K, V)."""
-        inputs: dict[str, Any] = {
-            "input_ids": tokens,
-            "attention_mask": mask,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if "position_ids" in self._accepts:
-            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-            inputs["position_ids"] = positions[:, -tokens.shape[1] :]
-        if "logits_to_keep" in self._accepts:
-            inputs["logits_to_keep"] = 1
-        try:
-            output = self._model(**inputs)
-        except torch.OutOfMemoryError as error:
-            rows, length = mask.shape
-            raise EngineError(
-                f"out of memory with {rows} views of {length} tokens; shorten the prompt, load the model in a narrower "
-                f"dtype or quantised, or use a smaller one"
-            ) from error
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            kind = type(self._model).__name__
-            raise EngineError(f"{kind} keeps no key-value cache, which decoding needs; choose an attention-based model")
-        return output.logits[:, -1, : self._vocabulary].float(), cache
+    def _sweep(self) -> None:
+        """Free the rows of what is done, parking those of conversations, and tell the callers."""
+        for replies in (self._replying, self._reading):
+            for reply in [reply for reply in replies if reply.done]:
+                replies.remove(reply)
+                if reply.reason is not None and reply.request.owner is not None:
+                    self._park(reply, reply.request.owner)
+                self._close_rows(reply)
+                reply.end()
+
+    def _park(self, reply: _Reply, owner: str) -> None:
+        for view, row in zip(reply.request.views, reply.rows, strict=False):
+            try:
+                states = self._tables[view.backbone].backbone.copy_of(row)
+            except torch.OutOfMemoryError:  # what is not parked is read again
+                self._parking.forget()
+                return
+            if self._park_on_cpu:
+                states = [(keys.cpu(), values.cpu()) for keys, values in states]
+            self._parking.park((owner, view.backbone, view.adapter), row.cached, states)
+
+    def _close_rows(self, reply: _Reply) -> None:
+        for view, row in zip(reply.request.views, reply.rows, strict=False):  # fewer rows if it got none so far
+            self._tables[view.backbone].close(row)
+        reply.rows = []
 
 
-class _Row:
-    """One request in the making: what it has said, and the generator that goes on from there."""
+class _Table:
+    """A backbone's rows in the order of its slots: first those that reply, then those that read their prompts, so that
+    a step's forward reads neighbouring slots in place.
+    """
 
-    def __init__(self, request: Request, generation: Generation, device: torch.device) -> None:
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._rows: list[Row] = []
+        self._ready = 0
+
+    def open(self, adapter: str | None, head_scale: Tensor | None) -> Row:
+        """A new row behind all others."""
+        row = Row(len(self._rows), [], adapter=adapter, head_scale=head_scale)
+        self._rows.append(row)
+        self.backbone.cache.reserve(len(self._rows), 1)
+        return row
+
+    def make_ready(self, row: Row) -> None:
+        """Count a row among those that reply."""
+        self._swap(row.slot, self._ready)
+        self._ready += 1
+
+    def ready(self) -> list[Row]:
+        """The rows that reply, in the order of their slots."""
+        return self._rows[: self._ready]
+
+    def close(self, row: Row) -> None:
+        """Take a row out; its slot is free again."""
+        if row.slot < self._ready:
+            self._ready -= 1
+            self._swap(row.slot, self._ready)
+        self._swap(row.slot, len(self._rows) - 1)
+        self._rows.pop()
+
+    def _swap(self, one: int, other: int) -> None:
+        if one == other:
+            return
+        rows = self._rows
+        self.backbone.cache.swap(one, other, max(len(rows[one].cached), len(rows[other].cached)))
+        rows[one].slot, rows[other].slot = other, one
+        rows[one], rows[other] = rows[other], rows[one]
+
+
+class _Reply:
+    """One request in the making: what it has said, its rows, and the generator that goes on from there."""
+
+    def __init__(self, request: Request, generation: Generation) -> None:
         self.request = request
         self.generation = generation
+        self.rows: list[Row] = []
         self.said: list[int] = []
-        self.done = False
+        self.reason: FinishReason | None = None
+        self.failed = False
         self.kind = (request.combiner, len(request.views), len(request.parameters))
-        self.width = max(len(view.context) for view in request.views)
-        self.room = request.sampling.max_tokens
-        self._generator = torch.Generator(device=device).manual_seed(request.sampling.seed)
+        self._generator = torch.Generator().manual_seed(request.sampling.seed)
+        self._uniform: float | None = None
 
-    def contexts(self) -> list[list[int]]:
-        """What stands in front of the next token, a view each."""
-        return [[*view.context, *self.said] for view in self.request.views]
+    def context(self, index: int) -> list[int]:
+        """What stands in front of the next token in one view."""
+        view = self.request.views[index]
+        said: Iterable[int] = self.said
+        if view.advance is not None:
+            said = (read for token in self.said for read in view.advance(token))
+        return [*view.context, *said]
+
+    @property
+    def done(self) -> bool:
+        """Whether it has come to an end, a good one or a bad one."""
+        return self.failed or self.reason is not None
 
     def begin(self) -> bool:
         """Whether there is anything to do."""
         if self.generation.started_at is None:
             self.generation._start()
-        if self.generation.cancelled and not self.done:
-            self._finish("cancelled")
+        if self.generation.cancelled:
+            self.reason = "cancelled"
         return not self.done
 
-    def step(self, combined: Combined) -> None:
-        """Draw the next token from logits (1, V)."""
-        try:
-            if self.generation.cancelled:
-                return self._finish("cancelled")
-            token = draw(combined, self.request.sampling, self._generator)
-            self.generation._drew()
-            if token in self.request.stop_ids:
-                return self._finish("stop")
-            self.said.append(token)
-            self.generation._emit(token)
-            if len(self.said) == self.room:
-                self._finish("length")
-        except BaseException as error:
-            self.fail(error)
+    def end(self) -> None:
+        """Tell the caller that no more tokens come."""
+        if self.reason is not None:
+            self.generation._finish(self.reason)
+
+    def logits(self, index: int) -> Tensor:
+        """After what one view has read, (V,)."""
+        logits = self.rows[index].logits
+        assert logits is not None
+        return logits
+
+    def uniform(self) -> float:
+        """This step's random number, in [0, 1)."""
+        if self._uniform is None:
+            self._uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return self._uniform
+
+    def advance(self, token: int) -> None:
+        """Say ``token``, and have every view read it."""
+        self._uniform = None
+        if self.generation.cancelled:
+            self.reason = "cancelled"
+            return
+        self.generation._drew()
+        if token in self.request.stop_ids:
+            self.reason, self.generation.stop_id = "stop", token
+            return
+        self.said.append(token)
+        self.generation._emit(token)
+        if len(self.said) == self.request.sampling.max_tokens:
+            self.reason = "length"
+            return
+        for view, row in zip(self.request.views, self.rows, strict=True):
+            row.pending.extend([token] if view.advance is None else view.advance(token))
 
     def fail(self, error: BaseException) -> None:
         """Raise ``error`` to the caller."""
-        self.done = True
-        self.generation._fail(error)
+        if not self.done:
+            self.failed = True
+            self.generation._fail(error)
 
     def close(self) -> None:
         """Tell the caller that the engine was shut down."""
-        self.done = True
-        self.generation._close()
-
-    def _finish(self, reason: FinishReason) -> None:
-        self.done = True
-        self.generation._finish(reason)
+        if not self.done:
+            self.failed = True
+            self.generation._close()
 
 
-def _left_padded(contexts: list[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Contexts as one tensor of tokens and its attention mask, (K, T) each, padded on the left with token 0."""
-    length = max(len(context) for context in contexts)
-    tokens = torch.zeros((len(contexts), length), dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for row, context in enumerate(contexts):
-        tokens[row, length - len(context) :] = torch.as_tensor(list(context))
-        mask[row, length - len(context) :] = 1
-    return tokens.to(device), mask.to(device)
+def _fits(count: int, take: Sequence[int], room: int) -> bool:
+    """Whether a row that takes ``count`` tokens goes into a chunk beside those that take ``take``: all are padded to
+    the longest, at most a third of the chunk may be padding, and its real tokens stay within ``room``.
+    """
+    real = sum(take) + count
+    return not take or (real <= room and 2 * max(*take, count) * (len(take) + 1) <= 3 * real)
+
+
+@torch.inference_mode()
+def _drawn(group: Sequence[_Reply]) -> list[int]:
+    """The next token of each of B replies of one kind."""
+    requests = [reply.request for reply in group]
+    views = [torch.stack([reply.logits(index) for reply in group]) for index in range(len(requests[0].views))]
+    parameters = torch.tensor([request.parameters for request in requests], dtype=torch.float32)
+    combined = requests[0].combiner(views, parameters.to(views[0].device))
+    shape = (len(group), views[0].shape[1])
+    if not combined.logits.shape == combined.rule.shape == shape:
+        got = f"{tuple(combined.logits.shape)} and {tuple(combined.rule.shape)}"
+        raise EngineError(f"the combiner gave logits of shapes {got}; expected {shape} twice")
+    bounds = Bounds.of([request.sampling for request in requests])
+    return draw(combined, bounds, torch.tensor([reply.uniform() for reply in group], dtype=torch.float64))

@@ -23,6 +23,7 @@ class Generation:
 
     def __init__(self) -> None:
         self.finish_reason: FinishReason | None = None
+        self.stop_id: int | None = None  # the end token that came, if one did
         self.started_at: float | None = None  # seconds on time.perf_counter(), likewise below
         self.first_token_at: float | None = None
         self.ended_at: float | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from prefmw.alignment import Combiner
 from prefmw.errors import UsageError
@@ -11,11 +13,27 @@ from prefmw.errors import UsageError
 MAX_SEED = 2**63 - 1
 
 
+BASE = "base"
+"""The backbone that every engine has."""
+
+
 @dataclass(frozen=True)
 class View:
-    """One reading of the reply: the context that stands in front of it, as token ids (at least one)."""
+    """One reading of the reply.
+
+    Attributes:
+        context: what stands in front of the reply, as token ids (at least one).
+        backbone: which of the engine's models reads it.
+        adapter: the LoRA that it is read with, one that the backbone knows; ``None`` for the model as it is.
+        head_scale: (D,), multiplied into the last hidden state before the head; ``None`` for none.
+        advance: what this view reads when a token was sampled, any number of its own tokens; ``None`` for that token.
+    """
 
     context: Sequence[int]
+    backbone: str = BASE
+    adapter: str | None = None
+    head_scale: Tensor | None = None
+    advance: Callable[[int], Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +74,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One reply to decode: its views, the combiner that joins them, and that combiner's parameters for this request."""
+    """One reply to decode: its views, the combiner that joins them, and that combiner's parameters for this request.
+
+    What its views have read is kept for the next request of the same ``owner``, and for nobody else; of a request
+    without an owner nothing is kept.
+    """
 
     views: tuple[View, ...]
     combiner: Combiner
     sampling: Sampling
     parameters: tuple[float, ...] = ()
     stop_ids: frozenset[int] = field(default_factory=frozenset)
+    owner: str | None = None

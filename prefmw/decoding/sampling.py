@@ -1,26 +1,68 @@
-"""One token from combined logits: bound by the candidate rule, tempered, drawn with the request's own generator."""
+"""The next tokens of many requests at once: bound by the candidate rule, tempered, each drawn with its own number."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
-from prefmw.alignment import Combined, nucleus, restrict, top_k
+from prefmw.alignment import Combined, ranked_nucleus
 from prefmw.decoding.request import Sampling
+from prefmw.errors import EngineError
 
 
-def draw(combined: Combined, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token of one request.
+class Bounds(NamedTuple):
+    """The sampling of B requests, (B,) each; a ``top_k`` of 0 stands for no bound."""
+
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> Bounds:
+        """As tensors."""
+        return cls(
+            torch.tensor([sampling.temperature for sampling in samplings], dtype=torch.float32),
+            torch.tensor([sampling.top_p for sampling in samplings], dtype=torch.float64),
+            torch.tensor([sampling.top_k or 0 for sampling in samplings]),
+        )
+
+
+def draw(combined: Combined, bounds: Bounds, uniforms: Tensor) -> list[int]:
+    """The next token of each of B requests.
+
+    The candidates are ranked by the rule, and from there on the work is the CPU's, whatever the logits' device: the
+    same seed gives the same reply everywhere. The token is the first whose running probability under the aligned logits
+    exceeds the request's number, or the likeliest where the temperature is 0. Nothing depends on the other rows.
 
     Args:
-        combined: aligned and rule logits, each (1, V).
-        sampling: temperature and bounds.
-        generator: the request's own, on the logits' device; advanced once unless greedy.
+        combined: aligned and rule logits, each (B, V).
+        bounds: temperature and bounds, (B,) each.
+        uniforms: one number in [0, 1) a request, (B,), float64.
+
+    Raises:
+        EngineError: a combiner gave NaN or +inf, or excluded everything.
     """
-    keep = nucleus(combined.rule, sampling.top_p, sampling.temperature)
-    if sampling.top_k is not None:
-        keep &= top_k(combined.rule, sampling.top_k)
-    logits = restrict(combined.logits, combined.rule, keep)
-    if sampling.temperature == 0:
-        return int(logits.argmax(dim=1))
-    probabilities = (logits / sampling.temperature).softmax(dim=1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    temperature, top_p, top_k = bounds
+    device = combined.rule.device
+    order, keep = ranked_nucleus(combined.rule, top_p.to(device), temperature.to(device))  # (B, C) each
+    rule, aligned = combined.rule.gather(1, order).cpu(), combined.logits.gather(1, order).cpu()
+    order, keep = order.cpu(), keep.cpu()
+    ranks = torch.arange(order.shape[1])
+    keep &= (top_k == 0).unsqueeze(1) | (ranks < top_k.unsqueeze(1))
+    rule, aligned = combined.rule.gather(1, order), combined.logits.gather(1, order)
+    bounded = aligned.masked_fill(~keep, -torch.inf)
+    fallen = bounded.isneginf().all(dim=1, keepdim=True)  # underflow: the rule's own distribution
+    bounded = torch.where(fallen, rule.masked_fill(~keep, -torch.inf), bounded)
+    heat = torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
+    running = (bounded / heat).softmax(dim=1, dtype=torch.float64).cumsum(dim=1)
+    drawn = (running <= uniforms.unsqueeze(1) * running[:, -1:]).sum(dim=1)
+    last = (keep & ~bounded.isneginf()).int().mul(ranks + 1).amax(dim=1) - 1
+    place = torch.where(temperature == 0, bounded.argmax(dim=1), torch.minimum(drawn, last))
+    broken = bounded.isnan().any(dim=1) | bounded.isposinf().any(dim=1) | bounded.isneginf().all(dim=1)
+    if bool(broken.any()):
+        raise EngineError("the combined logits hold NaN or infinity, or exclude every token")
+    tokens: list[int] = order.gather(1, place.unsqueeze(1)).squeeze(1).tolist()
+    return tokens

@@ -218,9 +218,9 @@ def steer_rows(
     return table
 
 
-def combine_sharpened(views: Tensor, parameters: Tensor) -> Combined:
+def combine_sharpened(views: Sequence[Tensor], parameters: Tensor) -> Combined:
     """(1 + ratio) z1 over the one view with the principle, its own nucleus: certainty without contrast."""
-    logits = views[:, 0]
+    (logits,) = views
     return Combined((1 + parameters[:, :1]) * logits, logits)
 
 

@@ -8,37 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from prefmw.cli.main import app, run
+from prefmw.cli.main import app
 
 PERSONA = "I'm a nurse on night shifts; keep it short"
 QUESTION = "How do I fall asleep faster?"
-
-
-class Closed:
-    """A stdin that holds nothing, as under cron."""
-
-    def isatty(self) -> bool:
-        return False
-
-    def read(self) -> str:
-        return ""
-
-
-@pytest.fixture(autouse=True)
-def stdin(monkeypatch):
-    monkeypatch.setattr("sys.stdin", Closed())
-
-
-@pytest.fixture
-def prefmw(capsys):
-    """Run a command; give back exit code, stdout and stderr."""
-
-    def call(*arguments: str):
-        code = run(list(arguments))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+"""`prefmw bench`: what steering costs."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from prefmw.cli.options import JsonOption
+from prefmw.cli.output import print_json, print_table
+from prefmw.errors import UsageError
+
+app = typer.Typer(help="What steering costs, measured.", no_args_is_help=True)
+
+
+@app.command()
+def decode(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A chat model: a folder or a hub id.")] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help="Random weights of that shape, 60m say.")] = None,
+    methods: Annotated[str, typer.Option("--methods", help="Methods to time, joined by commas.")] = "none,linear,pad",
+    users: Annotated[str, typer.Option("--users", help="Users at once, joined by commas.")] = "1",
+    context: Annotated[str, typer.Option("--context", help="Tokens of context, joined by commas.")] = "256",
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of a reply.")] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds, each of every way once.")] = 5,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="float32, bfloat16 or float16; may be given several times.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Torch device; auto is cuda, else cpu.")] = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Time decoding: every method beside transformers' generate, two forwards a token, and classifier-free guidance."""
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from prefmw.evaluation.decode_speed import check_methods, check_shape, measure, one_by_one, random_model
+
+    if (model is None) == (shape is None):
+        raise UsageError("name either --model or --shape")
+    if shape is not None:
+        check_shape(shape)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtypes = dtype or (["bfloat16"] if device.startswith("cuda") else ["float32"])
+    cases = [(count, length) for count in _numbers(users, "users") for length in _numbers(context, "context")]
+    check_methods(names)
+    kinds = [_dtype(kind) for kind in dtypes]
+    rows: list[dict[str, Any]] = []
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        ways = len(dict.fromkeys(("none", *names))) + 3
+        task = bar.add_task("decoding", total=len(dtypes) * len(cases) * rounds * ways)
+        for kind, dtype_ in zip(dtypes, kinds, strict=True):
+            module = _load(model, kind, device) if model else random_model(str(shape), dtype_, device)
+            for count, length in cases:
+                rows += measure(
+                    module,
+                    methods=names,
+                    users=count,
+                    context=length,
+                    tokens=tokens,
+                    rounds=rounds,
+                    progress=lambda: bar.advance(task),
+                )
+                if count > 1 and "linear" in names:
+                    together = one_by_one(module, users=count, context=length, tokens=tokens, rounds=rounds)
+                    next(row for row in reversed(rows) if row["method"] == "linear").update(
+                        {key: value for key, value in together.items() if "one_by_one" in key}
+                    )
+            del module
+    _against_fastest_plain(rows)
+    settings = {
+        "model": model or shape,
+        "tokens": tokens,
+        "rounds": rounds,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    if json:
+        print_json({"rows": rows, "settings": settings})
+        return
+    columns = [
+        "method",
+        "users",
+        "context",
+        "dtype",
+        "ms/token",
+        "tokens/s",
+        "/plain",
+        "/generate",
+        "/two-forward",
+        "ttft",
+    ]
+    print_table(columns, [_cells(row) for row in rows])
+
+
+def _load(name: str, dtype: str, device: str) -> Any:
+    from prefmw.models import ModelSpec, load_chat_model
+
+    return load_chat_model(ModelSpec(name=name, dtype=dtype, device=device)).module
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UsageError(f"no dtype '{name[:40]}'; choose from {', '.join(known)}")
+    return known[name]
+
+
+def _numbers(text: str, what: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"--{what} takes whole numbers from 1, joined by commas, got '{text[:40]}'")
+    return numbers
+
+
+def _against_fastest_plain(rows: list[dict[str, Any]]) -> None:
+    """Beside the ratio to plain decoding in the same type, that to the faster type's."""
+    for row in rows:
+        plain = [
+            other["ms_per_token"]
+            for other in rows
+            if other["method"] == "none" and (other["users"], other["context"]) == (row["users"], row["context"])
+        ]
+        if plain:
+            row["ratio_to_fastest_plain"] = round(row["ms_per_token"] / min(plain), 3)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["method"],
+        str(row["users"]),
+        str(row["context"]),
+        row["dtype"],
+        f"{row['ms_per_token']:.2f}",
+        f"{row['tokens_per_s']:.0f}",
+        f"{row['ratio_to_plain']:.2f}",
+        f"{row['ratio_to_generate']:.2f}",
+        f"{row['ratio_to_two_forward']:.2f}",
+        f"{row['ttft_ms']:.0f}",
+    ]

@@ -1,0 +1,201 @@
+"""One causal language model as the engine uses it: rows of tokens in, next-token logits out, over a slot cache.
+
+The model is transformers' own and stays as it is: what differs from row to row (length, LoRA gate, head scale) is given
+to it as positions, masks and hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefmw.decoding.graphs import StepGraphs
+from prefmw.decoding.linears import GatedLinears
+from prefmw.decoding.slots import SlotCache, States, masks
+from prefmw.errors import ModelError
+
+
+@dataclass(eq=False)
+class Row:
+    """One view in the making: what of it lies in the slot cache, and what is still to be read.
+
+    Attributes:
+        slot: the cache's row.
+        cached: the tokens whose keys and values the slot holds.
+        pending: the tokens to read next, at least one before a forward.
+        adapter: the LoRA that it is read with, if any.
+        head_scale: (D,), multiplied into the last hidden state before the head, if any.
+        logits: (V,), after the last token read.
+    """
+
+    slot: int
+    pending: list[int]
+    cached: list[int] = field(default_factory=list)
+    adapter: str | None = None
+    head_scale: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Backbone:
+    """A model with its slot cache.
+
+    Args:
+        model: a transformers causal language model, in evaluation mode, on its device.
+        vocabulary: columns of the logits that are real tokens; padded ones behind them are cut off.
+
+    Attributes:
+        windows: the kinds of its attention layers with their sliding windows, ``None`` for none.
+        cache: the rows' keys and values.
+        linears: its linear layers, where adapters are added.
+
+    Raises:
+        ModelError: its attention or cache is of a kind that slots cannot hold.
+    """
+
+    def __init__(self, model: Any, *, vocabulary: int) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.windows = attention_windows(model)
+        self._dtype: torch.dtype = model.dtype
+        self._layers = int(model.config.get_text_config().num_hidden_layers)
+        self._last: Tensor | None = None
+        self._scale: Tensor | None = None
+        self.linears = GatedLinears(model)
+        self.graphs = StepGraphs(self) if self.device.type == "cuda" else None
+        self.cache = SlotCache(self._layers)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{type(model).__name__} has no output embeddings to read logits from")
+        self._hook = head.register_forward_pre_hook(self._before_head)
+
+    def release(self) -> None:
+        """Leave the model as it was."""
+        self._hook.remove()
+        self.linears.release()
+
+    def forward(self, rows: Sequence[Row], take: Sequence[int]) -> None:
+        """Read the first ``take[i]`` pending tokens of each row, all in one forward; at least one row takes some.
+
+        The ``logits`` of a row that takes some are then those after its last token read.
+        """
+        width, lengths = max(take), [len(row.cached) for row in rows]
+        used = max(length + count for length, count in zip(lengths, take, strict=True))
+        if self.cache.reserve(max(row.slot for row in rows) + 1, used) and self.graphs is not None:
+            self.graphs.clear()
+        tokens = [[*row.pending[:count], *[0] * (width - count)] for row, count in zip(rows, take, strict=True)]
+        logits = self._read(rows, torch.tensor(tokens), torch.tensor(lengths), torch.tensor(take), used)
+        for row, count, after in zip(rows, take, logits.unbind(), strict=True):
+            if count:
+                row.cached += row.pending[:count]
+                del row.pending[:count]
+                row.logits = after
+
+    def restore(self, row: Row, tokens: Sequence[int], states: States) -> None:
+        """Lay kept states of ``tokens`` into an empty row."""
+        self.cache.reserve(row.slot + 1, len(tokens))
+        self.cache.put(row.slot, states, len(tokens))
+        row.cached = list(tokens)
+
+    def copy_of(self, row: Row) -> States:
+        """The states of what a row has read, to be kept."""
+        return self.cache.take(row.slot, len(row.cached))
+
+    @torch.inference_mode()
+    def _read(self, rows: Sequence[Row], tokens: Tensor, lengths: Tensor, take: Tensor, used: int) -> Tensor:
+        """Logits (R, V) after the last real token of each row of ``tokens`` (R, N)."""
+        at = lengths.unsqueeze(1) + torch.arange(tokens.shape[1])  # (R, N)
+        gates = self.linears.gates([row.adapter for row in rows])
+        scale = self._scales(rows)
+        slots = [row.slot for row in rows]
+        if self.graphs is not None and tokens.shape[1] == 1 and slots == list(range(len(rows))):
+            return self.graphs.step(tokens, at, gates, scale, used)
+        self.cache.aim(slots, at.to(self.device), used)
+        last = (take - 1).clamp_min(0).to(self.device)
+        return self.call(tokens.to(self.device), at.to(self.device), used, last, gates, scale)
+
+    def call(
+        self,
+        tokens: Tensor,
+        at: Tensor,
+        used: int,
+        last: Tensor,
+        gates: Sequence[tuple[str, Tensor]],
+        scale: Tensor | None,
+    ) -> Tensor:
+        """One forward over the rows that the cache aims at.
+
+        Args:
+            tokens: (R, N), on the model's device, likewise all others.
+            at: their positions, (R, N).
+            used: positions in use of the longest row.
+            last: the place of each row's last real token, (R,).
+            gates: adapters with their rows' gates, (R,) each.
+            scale: the rows' head scales, (R, D).
+
+        Returns:
+            Logits (R, V), float32.
+        """
+        visible = masks(at, used, self._dtype, self.windows)
+        self._last, self._scale = last, scale
+        self.linears.active = gates
+        try:
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=visible if len(visible) > 1 else next(iter(visible.values())),
+                position_ids=at.clamp(max=used - 1),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        finally:
+            self._last, self._scale, self.linears.active = None, None, ()
+        logits: Tensor = output.logits[:, -1, : self.vocabulary].float()
+        return logits
+
+    def _scales(self, rows: Sequence[Row]) -> Tensor | None:
+        """The rows' head scales as (R, D), where any has one."""
+        scaled = [row.head_scale for row in rows if row.head_scale is not None]
+        if not scaled:
+            return None
+        ones = torch.ones_like(scaled[0])
+        return torch.stack([ones if row.head_scale is None else row.head_scale for row in rows]).to(self.device)
+
+    def _before_head(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Of the hidden states (R, N, D), those of each row's last token, scaled: (R, 1, D). So neither padding nor
+        the prompt's other tokens cost a head, whatever the architecture does to its logits afterwards.
+        """
+        if self._last is None:
+            return None
+        (hidden,) = inputs
+        hidden = hidden.gather(1, self._last[:, None, None].expand(-1, 1, hidden.shape[2]))
+        if self._scale is not None:
+            hidden = hidden * self._scale.unsqueeze(1).to(hidden.dtype)
+        return (hidden,)
+
+
+def attention_windows(model: Any) -> dict[str, int | None]:
+    """The kinds of a model's attention layers with their windows, ``None`` for attention over everything before.
+
+    Raises:
+        ModelError: a kind that a slot cache cannot hold.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    if getattr(model, "_is_stateful", False) or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} does not keep its past as keys and values alone, which decoding needs; choose a decoder-only, "
+            "attention-based model"
+        )
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds:
+        return {"sliding_attention": int(window)} if window else {"full_attention": None}
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ModelError(
+            f"{name} has layers of {', '.join(sorted(unknown))}, whose state cannot be kept by rows; choose a model "
+            "with full or sliding-window attention"
+        )
+    return {kind: int(window) if kind == "sliding_attention" else None for kind in sorted(kinds)}  # type: ignore[arg-type]

@@ -1,0 +1,379 @@
+"""What steering costs: our engine beside transformers' own ways, in one run, interleaved.
+
+Ways of decoding one reply, all sampled with the same temperature and nucleus:
+
+- ``none``, ``linear``, ``pad``: the engine's, with one or two views of a backbone.
+- ``generate``: transformers' ``generate``, no steering.
+- ``two-forward``: Linear Alignment as its authors' released code does it, two forwards a token, one after the other.
+- ``cfg``: transformers' classifier-free guidance (``guidance_scale``), the same contrast in another form.
+
+Several users are requests submitted together (ours), or a left-padded batch (theirs).
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefmw.alignment import combine_linear, combine_pad, combine_plain, nucleus, restrict, scaled
+from prefmw.decoding import Adapter, Engine, Request, Sampling, View
+from prefmw.errors import UsageError
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "60m": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8, "num_attention_heads": 10},
+    "llama-3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
+"""Llama architectures to fill with random weights, for machines without the real ones."""
+
+COMMON = {"vocab_size": 32000, "max_position_embeddings": 8192, "tie_word_embeddings": True, "bos_token_id": None}
+
+TEMPERATURE, TOP_P, RATIO, BETA, RANK = 0.7, 0.8, 2.0, 1.0, 8
+"""The sampling of every way, and the parameters of ours."""
+
+PRINCIPLE = 40
+"""Tokens by which the context with the principle is the longer one."""
+
+NEXT = 32
+"""Tokens of the user's next turn, for the parked time to the first token."""
+
+METHODS = ("none", "linear", "pad")
+OTHERS = ("generate", "two-forward", "cfg")
+
+
+@dataclass
+class Way:
+    """One way of decoding and what was seen of it: per round, milliseconds a token and tokens a second."""
+
+    name: str
+    run: Callable[[], tuple[float, float, float]]
+    ttft: list[float] = field(default_factory=list)
+    ms_per_token: list[float] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
+
+
+def check_shape(name: str) -> None:
+    """Raise UsageError for a shape that is not among :data:`SHAPES`."""
+    if name not in SHAPES:
+        raise UsageError(f"no shape '{name[:40]}'; there is {', '.join(SHAPES)}")
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raise UsageError for a method that is not among :data:`METHODS`."""
+    if unknown := set(names) - set(METHODS):
+        raise UsageError(f"no method '{min(unknown)}' to time; choose from {', '.join(METHODS)}")
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str) -> Any:
+    """A Llama of a shape among :data:`SHAPES` with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{**COMMON, **SHAPES[shape]}, eos_token_id=None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def measure(
+    model: Any,
+    *,
+    methods: Sequence[str],
+    users: int,
+    context: int,
+    tokens: int,
+    rounds: int,
+    progress: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Rows of ``prefmw bench decode --json`` for one model, number of users and length of context.
+
+    Every round runs every way once, in turn; ratios are taken round by round, and medians of them told with their
+    lowest and highest.
+
+    Raises:
+        UsageError: a context beyond the model's.
+    """
+    config = model.config.get_text_config()
+    if context + PRINCIPLE + 2 * tokens + NEXT > config.max_position_embeddings:
+        raise UsageError(f"a context of {context} tokens and the replies exceed {config.max_position_embeddings}")
+    bench = _Bench(model, users=users, context=context, tokens=tokens)
+    names = list(dict.fromkeys(("none", *methods)))
+    ours = [Way(name, lambda name=name: bench.engine_reply(name)) for name in names]  # type: ignore[misc]
+    theirs = [
+        Way("generate", bench.generate),
+        Way("two-forward", bench.two_forward),
+        Way("cfg", bench.guidance),
+    ]
+    try:
+        for way in (*ours, *theirs):
+            way.run()  # warms up
+        for number in range(rounds):
+            ways = [*ours, *theirs]
+            for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+                ttft, each, rate = way.run()
+                way.ttft.append(ttft)
+                way.ms_per_token.append(each)
+                way.tokens_per_s.append(rate)
+                progress()
+        parked = {name: [bench.parked(name) for _ in range(rounds)] for name in names}
+        memory = {name: bench.memory_mb(name) for name in names}
+    finally:
+        bench.engine.close()
+    seen = {way.name: way for way in (*ours, *theirs)}
+    rows = []
+    for name in [*methods, *OTHERS]:
+        row = {
+            "method": name,
+            "users": users,
+            "context": context,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "rounds": rounds,
+            "ms_per_token": _median(seen[name].ms_per_token),
+            "tokens_per_s": _median(seen[name].tokens_per_s),
+            "ttft_ms": _median(seen[name].ttft),
+        }
+        for other, key in (
+            ("none", "ratio_to_plain"),
+            ("generate", "ratio_to_generate"),
+            ("two-forward", "ratio_to_two_forward"),
+            ("cfg", "ratio_to_cfg"),
+        ):
+            row |= _ratio(key, seen[name].ms_per_token, seen[other].ms_per_token)
+        if name in parked:
+            cold, warm = zip(*parked[name], strict=True)
+            row["parked_ttft_ms"] = _median(warm)
+            row |= _ratio("parked_to_cold", warm, cold)
+            row["memory_mb"] = memory[name]
+        rows.append(row)
+    return rows
+
+
+def one_by_one(model: Any, *, users: int, context: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second of users with Linear Alignment together, over those of the same users one after another."""
+    bench = _Bench(model, users=users, context=context, tokens=tokens)
+    together, apart = [], []
+    try:
+        bench.engine_reply("linear")
+        for _ in range(rounds):
+            together.append(bench.whole_seconds(together=True))
+            apart.append(bench.whole_seconds(together=False))
+    finally:
+        bench.engine.close()
+    row = {"method": "linear", "users": users, "context": context, "dtype": str(model.dtype).removeprefix("torch.")}
+    count = users * tokens
+    return {
+        **row,
+        "rounds": rounds,
+        "tokens_per_s": _median([count / seconds for seconds in together]),
+        "tokens_per_s_one_by_one": _median([count / seconds for seconds in apart]),
+        **_ratio("together_to_one_by_one", apart, together),
+    }
+
+
+class _Bench:
+    """The ways on one model: contexts of random tokens, the engine, and transformers' own."""
+
+    def __init__(self, model: Any, *, users: int, context: int, tokens: int) -> None:
+        self._model = model
+        self._tokens = tokens
+        self._device = model.get_input_embeddings().weight.device
+        vocabulary = model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+
+        def texts(length: int) -> list[list[int]]:
+            return torch.randint(3, vocabulary, (users, length), generator=generator).tolist()
+
+        self._without, self._with = texts(context), texts(context + PRINCIPLE)
+        capacity = model.config.get_text_config().max_position_embeddings
+        self.engine = Engine(model, capacity=capacity, vocabulary=vocabulary)
+        self._scale = torch.linspace(0.9, 1.1, model.config.get_text_config().hidden_size, device=self._device)
+        self.engine.add_adapter("persrm", self._random_adapter())
+
+    def _random_adapter(self) -> Adapter:
+        """A LoRA of rank 8 on all linear layers but the head, as PAD's."""
+        matrices = {}
+        head = self._model.get_output_embeddings()
+        for name, module in self._model.named_modules():
+            if type(module) is torch.nn.Linear and module is not head:
+                down = torch.randn(RANK, module.in_features) * 0.01
+                up = torch.randn(module.out_features, RANK) * 0.01
+                matrices[name] = (down.to(module.weight), up.to(module.weight))
+        return Adapter(matrices)
+
+    def _request(self, name: str, user: int, more: Sequence[int] = (), owner: str | None = None) -> Request:
+        top_k = 10 if name == "pad" else None
+        sampling = Sampling(temperature=TEMPERATURE, top_p=TOP_P, top_k=top_k, max_tokens=self._tokens, seed=user)
+        plain, steered = ([*texts[user], *more] for texts in (self._without, self._with))
+        if name == "none":
+            return Request((View(plain),), combine_plain, sampling, (), owner=owner)
+        if name == "linear":
+            views = (View(plain), View(steered))
+            return Request(views, combine_linear, sampling, (RATIO,), owner=owner)
+        policy = View(steered, adapter="persrm", head_scale=self._scale)
+        return Request((View(steered), policy), combine_pad, sampling, (BETA,), owner=owner)
+
+    def engine_reply(self, name: str) -> tuple[float, float, float]:
+        """Milliseconds to the first token and per token after it, and tokens a second, of all users together."""
+        started = time.perf_counter()
+        generations = [self.engine.submit(self._request(name, user)) for user in range(len(self._without))]
+        for generation in generations:
+            list(generation)
+        firsts = [generation.first_token_at or started for generation in generations]
+        ended = max(generation.ended_at or started for generation in generations)
+        return _figures(started, max(firsts), ended, self._tokens, len(generations))
+
+    def whole_seconds(self, *, together: bool) -> float:
+        """Seconds for a Linear Alignment reply to every user."""
+        requests = [self._request("linear", user) for user in range(len(self._without))]
+        started = time.perf_counter()
+        if together:
+            for generation in [self.engine.submit(request) for request in requests]:
+                list(generation)
+        else:
+            for request in requests:
+                list(self.engine.submit(request))
+        return time.perf_counter() - started
+
+    def parked(self, name: str) -> tuple[float, float]:
+        """Milliseconds to the first token of the first user's second turn: cold, and with its past parked."""
+        seconds = []
+        for kept in (False, True):
+            said = list(self.engine.submit(self._request(name, 0, owner="bench")))
+            if not kept:
+                self.engine.forget("bench")
+            generation = self.engine.submit(self._request(name, 0, [*said, *range(3, 3 + NEXT)], "bench"))
+            next(iter(generation))
+            generation.cancel()
+            list(generation)
+            seconds.append(1000 * generation.prefill_s)
+            self.engine.forget("bench")
+        return seconds[0], seconds[1]
+
+    def memory_mb(self, name: str) -> float:
+        """On a GPU, the most memory that a reply takes beside the weights; elsewhere what the slots hold."""
+        if self._device.type != "cuda":
+            return round(self.engine.cache_bytes() / 2**20, 1)
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.engine_reply(name)
+        return round((torch.cuda.max_memory_allocated() - before + self.engine.cache_bytes()) / 2**20, 1)
+
+    # transformers' own ways.
+
+    def _times(self, run: Callable[[_Clock], None]) -> tuple[float, float, float]:
+        clock = _Clock(self._device)
+        run(clock)
+        return _figures(clock.started, clock.tokens[0], clock.tokens[-1], self._tokens, len(self._without))
+
+    def generate(self) -> tuple[float, float, float]:
+        """``generate`` on the contexts without a principle."""
+        return self._times(lambda clock: self._generate(clock, self._without))
+
+    def guidance(self) -> tuple[float, float, float]:
+        """Classifier-free guidance: scores of the context with the principle against those without."""
+        without = torch.tensor(self._without, device=self._device)
+        return self._times(
+            lambda clock: self._generate(clock, self._with, guidance_scale=1 + RATIO, negative_prompt_ids=without)
+        )
+
+    def _generate(self, clock: _Clock, contexts: list[list[int]], **options: Any) -> None:
+        from transformers import LogitsProcessorList
+
+        ids = torch.tensor(contexts, device=self._device)
+        self._model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            top_k=0,
+            max_new_tokens=self._tokens,
+            min_new_tokens=self._tokens,
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([clock]),
+            **options,
+        )
+        clock.tick()
+
+    def two_forward(self) -> tuple[float, float, float]:
+        """Linear Alignment as the authors' code decodes it."""
+        return self._times(self._two_forward)
+
+    @torch.inference_mode()
+    def _two_forward(self, clock: _Clock) -> None:
+        caches: list[Any] = [None, None]
+        tokens = [torch.tensor(texts, device=self._device) for texts in (self._without, self._with)]
+        for _ in range(self._tokens):
+            logits = []
+            for index in (0, 1):
+                output = self._model(tokens[index], past_key_values=caches[index], use_cache=True, logits_to_keep=1)
+                caches[index] = output.past_key_values
+                logits.append(output.logits[:, -1].float())
+            aligned = scaled(logits[0], logits[1], RATIO)
+            bounded = restrict(aligned, logits[1], nucleus(logits[1], TOP_P, TEMPERATURE))
+            drawn = torch.multinomial((bounded / TEMPERATURE).softmax(dim=1), 1)
+            drawn.tolist()
+            clock.tick()
+            tokens = [drawn, drawn]
+
+
+class _Clock:
+    """When each token came: ticked by hand, or by ``generate`` as a logits processor, before each token is drawn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.started = time.perf_counter()
+        self.tokens: list[float] = []
+
+    def tick(self) -> None:
+        """A token came."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self.tokens.append(time.perf_counter())
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.tick()
+        return scores
+
+
+def _figures(started: float, first: float, ended: float, tokens: int, users: int) -> tuple[float, float, float]:
+    """Milliseconds to the first token, milliseconds a token after it, tokens a second of all users after it."""
+    each = (ended - first) / (tokens - 1)
+    return 1000 * (first - started), 1000 * each, users / each
+
+
+def _ratio(key: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """The median of the rounds' ratios, and their lowest and highest."""
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    return {key: round(statistics.median(ratios), 3), f"{key}_range": [round(min(ratios), 3), round(max(ratios), 3)]}
+
+
+def _median(values: Sequence[float]) -> float:
+    return round(statistics.median(values), 3)
