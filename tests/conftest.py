@@ -57,7 +57,6 @@ def backend(chat_model) -> Iterator:
 def tiny() -> Iterator:
     """The embedded chat model with an engine."""
     from prefmw.bootstrap import embedded_path
-
     from prefmw.decoding import Engine
     from prefmw.models import ModelSpec, load_chat_model
     from prefmw.personalizer import Backend
