@@ -78,6 +78,11 @@ class Backbone:
         self._hook.remove()
         self.linears.release()
 
+    def reserve(self, rows: int, positions: int) -> None:
+        """Make room in the cache; where that allocates it anew, forget the graphs, which point at the old one."""
+        if self.cache.reserve(rows, positions) and self.graphs is not None:
+            self.graphs.clear()
+
     def forward(self, rows: Sequence[Row], take: Sequence[int]) -> None:
         """Read the first ``take[i]`` pending tokens of each row, all in one forward; at least one row takes some.
 
@@ -85,8 +90,7 @@ class Backbone:
         """
         width, lengths = max(take), [len(row.cached) for row in rows]
         used = max(length + count for length, count in zip(lengths, take, strict=True))
-        if self.cache.reserve(max(row.slot for row in rows) + 1, used) and self.graphs is not None:
-            self.graphs.clear()
+        self.reserve(max(row.slot for row in rows) + 1, used)
         tokens = [[*row.pending[:count], *[0] * (width - count)] for row, count in zip(rows, take, strict=True)]
         logits = self._read(rows, torch.tensor(tokens), torch.tensor(lengths), torch.tensor(take), used)
         for row, count, after in zip(rows, take, logits.unbind(), strict=True):
@@ -97,7 +101,7 @@ class Backbone:
 
     def restore(self, row: Row, tokens: Sequence[int], states: States) -> None:
         """Lay kept states of ``tokens`` into an empty row."""
-        self.cache.reserve(row.slot + 1, len(tokens))
+        self.reserve(row.slot + 1, len(tokens))
         self.cache.put(row.slot, states, len(tokens))
         row.cached = list(tokens)
 

@@ -352,7 +352,7 @@ class _Table:
         """A new row behind all others."""
         row = Row(len(self._rows), [], adapter=adapter, head_scale=head_scale)
         self._rows.append(row)
-        self.backbone.cache.reserve(len(self._rows), 1)
+        self.backbone.reserve(len(self._rows), 1)
         return row
 
     def make_ready(self, row: Row) -> None:

@@ -84,10 +84,8 @@ class StepGraphs:
         self, tokens: Tensor, at: Tensor, gates: Sequence[tuple[str, Tensor]], scale: Tensor | None, used: int
     ) -> Tensor:
         """Logits (R, V) after ``tokens`` (R, 1) at positions ``at`` (R, 1) of the first R slots."""
-        cache = self._backbone.cache
         rows, positions = bucket(len(tokens)), bucket(used, LEAST_POSITIONS)
-        if cache.reserve(rows, positions):
-            self.clear()
+        self._backbone.reserve(rows, positions)
         names = tuple(name for name, _ in gates)
         key = (rows, positions, names, scale is not None)
         if key not in self._recorded:

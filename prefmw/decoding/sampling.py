@@ -52,7 +52,6 @@ def draw(combined: Combined, bounds: Bounds, uniforms: Tensor) -> list[int]:
     order, keep = order.cpu(), keep.cpu()
     ranks = torch.arange(order.shape[1])
     keep &= (top_k == 0).unsqueeze(1) | (ranks < top_k.unsqueeze(1))
-    rule, aligned = combined.rule.gather(1, order), combined.logits.gather(1, order)
     bounded = aligned.masked_fill(~keep, -torch.inf)
     fallen = bounded.isneginf().all(dim=1, keepdim=True)  # underflow: the rule's own distribution
     bounded = torch.where(fallen, rule.masked_fill(~keep, -torch.inf), bounded)

@@ -8,7 +8,8 @@ from transformers import StoppingCriteria
 
 from prefmw.adapters.transformers import linear_alignment
 from prefmw.errors import UsageError
-from tests.decoding.test_engine import VOCABULARY, naive_linear
+from tests.decoding.conftest import VOCABULARY
+from tests.decoding.test_engine import naive_linear
 from tests.toymodels import make_model
 
 WITHOUT, WITH = list(range(5, 25)), list(range(40, 72))

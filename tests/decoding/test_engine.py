@@ -18,23 +18,10 @@ from prefmw.errors import (
     EngineOverloadedError,
     UsageError,
 )
-from tests.toymodels import make_model
+from tests.decoding.conftest import VOCABULARY
 
-VOCABULARY = 300
 GREEDY = Sampling(temperature=0.0, top_p=0.8, top_k=None, max_tokens=24, seed=0)
 LONG, SHORT = tuple(range(5, 60)), tuple(range(100, 118))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(VOCABULARY, context=256)
-
-
-@pytest.fixture
-def engine(model):
-    engine = Engine(model, capacity=256, vocabulary=VOCABULARY)
-    yield engine
-    engine.close()
 
 
 def sampling(**changes) -> Sampling:

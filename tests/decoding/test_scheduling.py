@@ -13,22 +13,11 @@ from prefmw.alignment import Combined, combine_linear, combine_plain
 from prefmw.decoding import Engine, Request, Sampling, View
 from prefmw.decoding import engine as engine_module
 from prefmw.errors import EngineError, UsageError
-from tests.decoding.test_engine import GREEDY, VOCABULARY, naive_linear, sampling
+from tests.decoding.conftest import VOCABULARY
+from tests.decoding.test_engine import GREEDY, naive_linear, sampling
 from tests.toymodels import make_model
 
 TEXT = torch.randint(3, VOCABULARY, (400,), generator=torch.Generator().manual_seed(3)).tolist()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model(VOCABULARY, context=256)
-
-
-@pytest.fixture
-def engine(model):
-    engine = Engine(model, capacity=256, vocabulary=VOCABULARY)
-    yield engine
-    engine.close()
 
 
 def reply(engine, request: Request) -> list[int]:
