@@ -100,7 +100,7 @@ class Composer:
         wordings in as many tokens, to begin with.
         """
         for _ in range(count):
-            kind = self.random.choices((self.chat, self.style_chat, self.small_chat), (0.6, 0.3, 0.1))[0]
+            kind = self.random.choices((self.chat, self.style_chat, self.small_chat), (0.57, 0.29, 0.14))[0]
             yield kind(short=short)
 
     def chat(self, *, short: bool = False) -> Chat:
