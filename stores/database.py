@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from prefmw.errors import SchemaVersionError, StoreError, UsageError
+from prefmw.errors import SchemaVersionError, StoreError, StoreLockedError, UsageError
 from prefmw.stores.errors import translated
 from prefmw.stores.schema import HEAD, VERSION_TABLE
 
@@ -130,6 +130,26 @@ class Database:
         state = f"has schema {version}, this prefmw works with {HEAD}" if version else "has no prefmw schema yet"
         raise SchemaVersionError(f"database '{self.name}' {state}; run 'prefmw db upgrade' with the same database")
 
+    def empty_log(self) -> None:
+        """Move an SQLite database's write-ahead log into its file and cut it, so that what was deleted is nowhere.
+
+        Raises:
+            StoreLockedError: another process reads or writes for longer than the busy timeout.
+        """
+        if not self.is_sqlite:
+            return
+        with translated(self.name), self._engine.connect() as connection:
+            busy, _, _ = (
+                connection.execution_options(isolation_level="AUTOCOMMIT")
+                .exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+                .one()
+            )
+        if busy:
+            raise StoreLockedError(
+                f"removed from database '{self.name}', but its write-ahead log still holds old pages, since another "
+                "process uses it; end that one and run 'prefmw db check'"
+            )
+
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()
@@ -162,7 +182,7 @@ def _is_missing_table(error: DBAPIError) -> bool:
     return getattr(error.orig, "sqlstate", None) == "42P01" or "no such table" in str(error.orig)
 
 
-def _run_migrations(connection: Connection) -> None:
+def _run_migrations(connection: Connection, to: str = HEAD) -> None:
     from alembic import command  # a quarter of a second to import, needed once in a database's life
     from alembic.config import Config
     from alembic.util.exc import CommandError
@@ -171,7 +191,7 @@ def _run_migrations(connection: Connection) -> None:
     config.set_main_option("script_location", "prefmw.stores:migrations")
     config.attributes["connection"] = connection
     try:
-        command.upgrade(config, "head")
+        command.upgrade(config, to)
     except CommandError as error:
         raise SchemaVersionError(f"the database's schema is not one that this prefmw knows: {error}") from error
 

@@ -1,6 +1,7 @@
 """The tables. Alembic alone makes and changes them (``migrations/``); a test holds both together.
 
-users 1-n weights (one row per user, dimension and source), 1-n revisions (append-only), 1-n conversations 1-n turns.
+users 1-n weights (one row per user, dimension and source), 1-n revisions (append-only), 1-n conversations 1-n turns,
+1-n feedback (about a turn or about texts from elsewhere), 1-n vectors (one row per user, kind and model).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -28,7 +30,7 @@ from sqlalchemy import (
 VERSION_TABLE = "prefmw_version"
 """Where Alembic keeps the schema's revision; not its default name, which another program's database may hold."""
 
-HEAD = "0001"
+HEAD = "0002"
 """The schema revision that this version of prefmw works with: the newest file in ``migrations/versions``."""
 
 
@@ -77,6 +79,7 @@ users = Table(
     Column("revision", Integer, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("inferred_from", String(64)),  # what the inferred layers were read from
 )
 
 weights = Table(
@@ -88,6 +91,7 @@ weights = Table(
     Column("value", Float, nullable=False),
     Column("confidence", Float, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("evidence", JSON(none_as_null=True)),  # what the weight rests on
 )
 
 revisions = Table(
@@ -141,4 +145,30 @@ turns = Table(
     Column("output_tokens", Integer, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Index(None, "user_id"),
+)
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    _user_id(),
+    Column("turn_id", BigInteger, ForeignKey("turns.id", ondelete="CASCADE"), index=True),
+    Column("kind", String(16), nullable=False),  # a name of preferences.FEEDBACK
+    Column("prompt", Text, nullable=False),
+    Column("chosen", Text, nullable=False),  # "" for a dislike
+    Column("rejected", Text, nullable=False),  # "" for a like
+    Column("scores", JSON, nullable=False),  # {dimension: [the chosen one's, the rejected one's]}
+    Column("created_at", UtcDateTime, nullable=False),
+    Index(None, "user_id"),
+)
+
+vectors = Table(
+    "vectors",
+    metadata,
+    _user_id(primary_key=True),
+    Column("kind", String(32), primary_key=True),
+    Column("model", String(255), primary_key=True),
+    Column("content", String(64), nullable=False),  # a hash of what it was made from
+    Column("numbers", LargeBinary, nullable=False),  # float32, little-endian
+    Column("created_at", UtcDateTime, nullable=False),
 )

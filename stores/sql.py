@@ -9,18 +9,22 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from prefmw.errors import ConflictError, UnknownConversationError, UnknownUserError, UserExistsError
+from prefmw.errors import ConflictError, UnknownConversationError, UnknownUserError, UsageError, UserExistsError
 from prefmw.preferences import (
     UNCHANGED,
     Conversation,
+    ConversationEntry,
+    Feedback,
     Message,
     Profile,
     Recorded,
+    RecordedFeedback,
     RecordedTurn,
     Revision,
     Source,
@@ -32,17 +36,31 @@ from prefmw.preferences import (
     check_persona,
     check_reason,
     check_stated,
-    check_strength,
     check_text,
     check_user_id,
 )
-from prefmw.preferences.store import Unchanged
+from prefmw.preferences.store import Existing, Unchanged
 from prefmw.stores.database import Database
-from prefmw.stores.schema import conversations, revisions, turns, users, weights
+from prefmw.stores.rows import (
+    feedback_of,
+    flat,
+    merged,
+    ordered,
+    packed,
+    profile_from_snapshot,
+    profile_of,
+    snapshot_of,
+    storable,
+    turn_of,
+    unpacked,
+)
+from prefmw.stores.schema import conversations, revisions, turns, users, vectors, weights
+from prefmw.stores.schema import feedback as feedback_table
+from prefmw.stores.transfer import export_person, load_people
 
 
 class SQLPreferenceStore:
-    """Preferences, revisions, conversations and turns in SQLite or PostgreSQL.
+    """Preferences, revisions, conversations, turns, feedback and vectors in SQLite or PostgreSQL.
 
     Args:
         url: SQLAlchemy URL: ``sqlite:///FILE`` or ``postgresql+psycopg://USER@HOST/DATABASE``.
@@ -84,7 +102,7 @@ class SQLPreferenceStore:
             persona=check_persona(persona),
             revision=1,
             method=_checked_method(method),
-            strengths=_merged({}, strengths or {}),
+            strengths=merged({}, dict(strengths or {})),
         )
         with self._database.writing() as connection:
             try:
@@ -111,14 +129,14 @@ class SQLPreferenceStore:
         """Every profile, by id."""
         with self._database.reading() as connection:
             rows = connection.execution_options(yield_per=1000).execute(_PROFILE.order_by(users.c.id, *_LAYER_ORDER))
-            group: list[_Row] = []
+            group: list[Row[Any]] = []
             for row in rows:
                 if group and row.id != group[0].id:
-                    yield _profile(group)
+                    yield profile_of(group)
                     group = []
                 group.append(row)
             if group:
-                yield _profile(group)
+                yield profile_of(group)
 
     def profile(self, user_id: str) -> Profile:
         """The user's profile as of now, in one query."""
@@ -143,7 +161,7 @@ class SQLPreferenceStore:
                 before,
                 persona=before.persona if persona is UNCHANGED else check_persona(persona),
                 method=before.method if method is UNCHANGED else _checked_method(method),
-                strengths=_merged(before.strengths, strengths or {}),
+                strengths=merged(dict(before.strengths), dict(strengths or {})),
             )
             return self._write(connection, before, after, actor, reason)
 
@@ -160,15 +178,47 @@ class SQLPreferenceStore:
         """Write one source's layer of each named dimension; ``None`` removes it, uncovering what lies beneath."""
         with self._database.writing() as connection:
             before = self._lock(connection, user_id, expected_revision)
-            now = datetime.now(UTC)
-            layers = {(layer.dimension, layer.source): layer for layer in before.layers}
-            for dimension, stated in weights.items():
-                old = layers.pop((dimension, source), None)
-                if stated is None:
-                    continue
-                new = Weight(check_key(dimension), source, *check_stated(stated), updated_at=now)
-                layers[dimension, source] = old if old and replace(old, updated_at=now) == new else new
-            return self._write(connection, before, replace(before, layers=_ordered(layers.values())), actor, reason)
+            return self._write(connection, before, _with_layers(before, weights, source), actor, reason)
+
+    def write_inferred(
+        self,
+        user_id: str,
+        weights: Mapping[str, Stated],
+        *,
+        inferred_from: str,
+        actor: str,
+        reason: str = "",
+        expected_revision: int | None = None,
+    ) -> Profile:
+        """Replace every inferred layer by these and note what they were read from, which alone makes no revision."""
+        with self._database.writing() as connection:
+            before = self._lock(connection, user_id, expected_revision)
+            stale = {layer.dimension: None for layer in before.layers if layer.source is Source.inferred}
+            after = _with_layers(before, {**stale, **weights}, Source.inferred)
+            return self._write(connection, before, replace(after, inferred_from=inferred_from), actor, reason)
+
+    def rename_user(self, user_id: str, new_id: str, *, actor: str, reason: str = "") -> Profile:
+        """Give a user another id; all that hangs on them goes along."""
+        with self._database.writing() as connection:
+            before = self._lock(connection, user_id, None)
+            try:
+                after = replace(before, user_id=check_user_id(new_id))
+                return self._write(connection, before, after, actor, reason)
+            except IntegrityError as error:
+                raise UserExistsError(f"there is a user '{new_id}' already; erase or rename that one first") from error
+
+    def revert(
+        self, user_id: str, number: int, *, actor: str, reason: str = "", expected_revision: int | None = None
+    ) -> Profile:
+        """Make the profile what it was after revision ``number``, every layer of it, as a new revision."""
+        with self._database.writing() as connection:
+            before = self._lock(connection, user_id, expected_revision)
+            query = select(revisions.c.snapshot).where(revisions.c.user_id == user_id, revisions.c.number == number)
+            snapshot = connection.execute(query).scalar()
+            if snapshot is None:
+                raise UsageError(f"'{user_id}' has no revision {number}; see 'prefmw prefs history {user_id}'")
+            after = profile_from_snapshot(user_id, before.revision, snapshot)
+            return self._write(connection, before, after, actor, reason or f"back to revision {number}")
 
     def revisions(self, user_id: str) -> Sequence[Revision]:
         """Every change of the profile, oldest first."""
@@ -202,7 +252,7 @@ class SQLPreferenceStore:
             values = asdict(turn) | {
                 "conversation_id": conversation_id,
                 "history": [[message.role, message.content] for message in turn.history],
-                "text": _text(turn.text),
+                "text": storable(turn.text),
                 "token_ids": list(turn.token_ids),
                 "output_tokens": turn.output_tokens,
                 "created_at": now,
@@ -217,7 +267,7 @@ class SQLPreferenceStore:
             row = self._conversation(connection, user_id, conversation_id)
             system = ""
             messages: list[Message] = []
-            for turn in map(_turn, self._turns(connection, user_id, row.id)):
+            for turn in map(turn_of, self._turns(connection, user_id, row.id)):
                 system = turn.system
                 messages += turn.history
                 if turn.text:
@@ -228,7 +278,89 @@ class SQLPreferenceStore:
         """The conversation's turns, oldest first."""
         with self._database.reading() as connection:
             row = self._conversation(connection, user_id, conversation_id)
-            return [_turn(turn) for turn in self._turns(connection, user_id, row.id)]
+            return [turn_of(turn) for turn in self._turns(connection, user_id, row.id)]
+
+    def conversations(self, user_id: str) -> Sequence[ConversationEntry]:
+        """The user's conversations, the one last spoken in first."""
+        inner = turns.alias()
+        first = select(inner.c.prompt).where(inner.c.conversation_id == conversations.c.id).order_by(inner.c.id)
+        query = (
+            select(
+                conversations.c.id, func.count(turns.c.id), first.limit(1).scalar_subquery(), conversations.c.updated_at
+            )
+            .join_from(conversations, turns, isouter=True)
+            .where(conversations.c.user_id == user_id)
+            .group_by(conversations.c.id)
+            .order_by(conversations.c.updated_at.desc(), conversations.c.id)
+        )
+        with self._database.reading() as connection:
+            self._read(connection, user_id)
+            return [ConversationEntry(*row) for row in connection.execute(query)]
+
+    # Feedback and vectors
+
+    def add_feedback(self, feedback: Feedback) -> int:
+        """Append feedback and return its id."""
+        values = asdict(feedback) | {"scores": {key: list(pair) for key, pair in feedback.scores.items()}}
+        values |= {name: storable(values[name]) for name in ("prompt", "chosen", "rejected")}
+        with self._database.writing() as connection:
+            self._read(connection, feedback.user_id)
+            if feedback.turn_id is not None:
+                query = select(turns.c.id).where(turns.c.user_id == feedback.user_id, turns.c.id == feedback.turn_id)
+                if connection.execute(query).first() is None:
+                    raise UsageError(f"'{feedback.user_id}' has no turn {feedback.turn_id}")
+            statement = insert(feedback_table).values(values | {"created_at": datetime.now(UTC)})
+            return int(connection.execute(statement.returning(feedback_table.c.id)).scalar_one())
+
+    def feedback(self, user_id: str) -> Sequence[RecordedFeedback]:
+        """All feedback of a user, oldest first."""
+        query = select(feedback_table).where(feedback_table.c.user_id == user_id).order_by(feedback_table.c.id)
+        with self._database.reading() as connection:
+            self._read(connection, user_id)
+            return [feedback_of(row) for row in connection.execute(query)]
+
+    def vector(self, user_id: str, kind: str, model: str, content: str) -> tuple[float, ...] | None:
+        """The vector of that kind that ``model`` made of ``content``; ``None`` if there is none or it is stale."""
+        query = select(vectors.c.numbers).where(
+            vectors.c.user_id == user_id, vectors.c.kind == kind, vectors.c.model == model, vectors.c.content == content
+        )
+        with self._database.reading() as connection:
+            stored = connection.execute(query).scalar()
+        return None if stored is None else unpacked(stored)
+
+    def put_vector(self, user_id: str, kind: str, model: str, content: str, numbers: Sequence[float]) -> None:
+        """Keep a vector, in float32, in place of the one of that kind and model."""
+        if not numbers or not all(map(isfinite, numbers)):
+            raise UsageError(f"a vector holds finite numbers, got {len(numbers)} with others among them or none")
+        with self._database.writing() as connection:
+            self._lock(connection, user_id, None)
+            where = (vectors.c.user_id == user_id, vectors.c.kind == kind, vectors.c.model == model)
+            connection.execute(delete(vectors).where(*where))
+            values = {"user_id": user_id, "kind": kind, "model": model, "content": content}
+            connection.execute(insert(vectors).values(**values, numbers=packed(numbers), created_at=datetime.now(UTC)))
+
+    # Whole people
+
+    def export(self, user_id: str) -> dict[str, Any]:
+        """Everything held about a person, as JSON."""
+        with self._database.reading() as connection:
+            return export_person(connection, self._read(connection, user_id))
+
+    def erase(self, user_id: str) -> None:
+        """Remove everything held about a person; in SQLite their bytes too, from the file and its write-ahead log.
+
+        Raises:
+            StoreLockedError: they are removed, but another process keeps the write-ahead log from being emptied.
+        """
+        with self._database.writing() as connection:
+            self._lock(connection, user_id, None)
+            connection.execute(delete(users).where(users.c.id == user_id))
+        self._database.empty_log()
+
+    def load(self, people: Iterable[Mapping[str, Any]], *, existing: Existing = "fail", actor: str) -> int:
+        """Store people as :meth:`export` gives them, or as few fields of that as ``user`` alone; all or nobody."""
+        with self._database.writing() as connection:
+            return load_people(connection, people, existing, actor)
 
     # Rows
 
@@ -239,7 +371,7 @@ class SQLPreferenceStore:
             raise UnknownUserError(
                 f"no user '{user_id[:128]}'; add one with 'prefmw users add', or see 'prefmw users list'"
             )
-        return _profile(rows)
+        return profile_of(rows)
 
     def _lock(self, connection: Connection, user_id: str, expected_revision: int | None) -> Profile:
         """The profile, with its user's row held until the transaction ends."""
@@ -257,28 +389,33 @@ class SQLPreferenceStore:
         if after == before:
             return before
         now = datetime.now(UTC)
-        after = replace(after, revision=before.revision + 1)
+        is_revision = replace(after, inferred_from=before.inferred_from) != before
+        after = replace(after, revision=before.revision + is_revision)
         connection.execute(
             update(users)
             .where(users.c.id == before.user_id)
             .values(
+                id=after.user_id,
                 persona=after.persona,
                 method=after.method,
                 strengths=dict(after.strengths),
                 revision=after.revision,
+                inferred_from=after.inferred_from,
                 updated_at=now,
             )
         )
+        if not is_revision:
+            return after
         for layer in set(before.layers) - set(after.layers):
             connection.execute(
                 delete(weights).where(
-                    weights.c.user_id == before.user_id,
+                    weights.c.user_id == after.user_id,
                     weights.c.dimension == layer.dimension,
                     weights.c.source == layer.source.name,
                 )
             )
         if new := [layer for layer in after.layers if layer not in before.layers]:
-            rows = [asdict(layer) | {"user_id": before.user_id, "source": layer.source.name} for layer in new]
+            rows = [vars(layer) | {"user_id": after.user_id, "source": layer.source.name} for layer in new]
             connection.execute(insert(weights), rows)
         self._append_revision(connection, before, after, actor, reason, now)
         return after
@@ -287,8 +424,10 @@ class SQLPreferenceStore:
     def _append_revision(
         connection: Connection, before: Profile, after: Profile, actor: str, reason: str, now: datetime
     ) -> None:
-        old, new = _flat(before), _flat(after)
+        old, new = flat(before), flat(after)
         change = {key: [old.get(key), new.get(key)] for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+        if before.revision and before.user_id != after.user_id:
+            change["user"] = [before.user_id, after.user_id]
         connection.execute(
             insert(revisions).values(
                 user_id=after.user_id,
@@ -296,7 +435,7 @@ class SQLPreferenceStore:
                 actor=check_text(actor, "an actor")[:128],
                 reason=check_reason(reason),
                 change=change,
-                snapshot=new | {"updated_at": {_layer_key(x): x.updated_at.isoformat() for x in after.layers}},
+                snapshot=snapshot_of(after),
                 created_at=now,
             )
         )
@@ -320,73 +459,37 @@ class SQLPreferenceStore:
         return connection.execute(query.order_by(turns.c.id)).all()
 
 
-_PROFILE = select(
+_PROFILE: Select[Any] = select(
     users.c.id,
     users.c.persona,
     users.c.method,
     users.c.strengths,
     users.c.revision,
+    users.c.inferred_from,
     weights.c.dimension,
     weights.c.source,
     weights.c.value,
     weights.c.confidence,
     weights.c.updated_at,
+    weights.c.evidence,
 ).join_from(users, weights, isouter=True)
-
-_Row = Row[*tuple[Any, ...]]
 
 _LAYER_ORDER = (weights.c.dimension, weights.c.source)
 
 
-def _profile(rows: Sequence[_Row]) -> Profile:
-    """One profile from its rows, one for each layer (a single row with empty layer columns where there is none)."""
-    layers = [
-        Weight(row.dimension, Source[row.source], row.value, row.confidence, row.updated_at)
-        for row in rows
-        if row.dimension is not None
-    ]
-    first = rows[0]
-    return Profile(first.id, first.persona, first.revision, _ordered(layers), first.method, first.strengths)
-
-
-def _turn(row: Row[Any]) -> RecordedTurn:
-    values = dict(row._mapping)
-    del values["output_tokens"]  # the number of token ids
-    values["token_ids"] = tuple(row.token_ids)
-    values["history"] = tuple(Message(role, content) for role, content in row.history)
-    return RecordedTurn(**values)
-
-
-def _ordered(layers: Iterable[Weight]) -> tuple[Weight, ...]:
-    return tuple(sorted(layers, key=lambda layer: (layer.dimension, layer.source)))
-
-
-def _flat(profile: Profile) -> dict[str, Any]:
-    """A profile as ``{field: value}`` in JSON: ``persona``, ``method``, ``strength.METHOD``, ``weight.DIM.SOURCE``."""
-    return {
-        "persona": profile.persona,
-        "method": profile.method,
-        **{f"strength.{method}": value for method, value in profile.strengths.items()},
-        **{_layer_key(layer): [layer.value, layer.confidence] for layer in profile.layers},
-    }
-
-
-def _layer_key(layer: Weight) -> str:
-    return f"weight.{layer.dimension}.{layer.source.name}"
+def _with_layers(profile: Profile, changes: Mapping[str, Stated | None], source: Source) -> Profile:
+    """The profile with one source's layers changed; a layer that says the same keeps its time."""
+    now = datetime.now(UTC)
+    layers = {(layer.dimension, layer.source): layer for layer in profile.layers}
+    for dimension, stated in changes.items():
+        old = layers.pop((dimension, source), None)
+        if stated is None:
+            continue
+        value, confidence, evidence = check_stated(stated)
+        new = Weight(check_key(dimension), source, value, confidence, now, evidence)
+        layers[dimension, source] = old if old and replace(old, updated_at=now) == new else new
+    return replace(profile, layers=ordered(layers.values()))
 
 
 def _checked_method(method: str | None) -> str | None:
     return None if method is None else check_method(method)
-
-
-def _merged(strengths: Mapping[str, float], changes: Mapping[str, float | None]) -> dict[str, float]:
-    """The strengths after the changes, each of which is within its method's range; ``None`` forgets one."""
-    for method, strength in changes.items():
-        if strength is not None:
-            check_strength(check_method(method), strength)
-    return {method: strength for method, strength in {**strengths, **changes}.items() if strength is not None}
-
-
-def _text(text: str) -> str:
-    """Text that both databases hold: PostgreSQL takes no NUL, which a model may emit."""
-    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -17,7 +17,17 @@ from prefmw.preferences.profile import (
     check_text,
     check_user_id,
 )
-from prefmw.preferences.store import UNCHANGED, Conversation, PreferenceStore, Recorded, RecordedTurn, Turn
+from prefmw.preferences.store import (
+    UNCHANGED,
+    Conversation,
+    ConversationEntry,
+    Feedback,
+    PreferenceStore,
+    Recorded,
+    RecordedFeedback,
+    RecordedTurn,
+    Turn,
+)
 
 __all__ = [
     "AUTO",
@@ -25,12 +35,15 @@ __all__ = [
     "STRENGTHS",
     "UNCHANGED",
     "Conversation",
+    "ConversationEntry",
     "Dimension",
     "Dimensions",
+    "Feedback",
     "Message",
     "PreferenceStore",
     "Profile",
     "Recorded",
+    "RecordedFeedback",
     "RecordedTurn",
     "Revision",
     "Source",

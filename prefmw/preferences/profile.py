@@ -34,21 +34,25 @@ class Source(IntEnum):
 
 
 class Stated(NamedTuple):
-    """A weight as somebody states it: a value in [-1, 1] and how surely, in [0, 1]."""
+    """A weight as somebody states it: a value in [-1, 1], how surely, in [0, 1], and in JSON what it rests on."""
 
     value: float
     confidence: float = 1.0
+    evidence: Any = None
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One layer of one dimension: a value in [-1, 1], who said so, and how surely (confidence in [0, 1])."""
+    """One layer of one dimension: a value in [-1, 1], who said so, how surely (confidence in [0, 1]), and in JSON what
+    it rests on: the anchors that an inference was decided by, say, or the words that were heard.
+    """
 
     dimension: str
     source: Source
     value: float
     confidence: float
     updated_at: datetime
+    evidence: Any = field(default=None, hash=False)
 
     def as_json(self) -> dict[str, Any]:
         """Value, source and confidence, as every command prints them."""
@@ -57,7 +61,9 @@ class Weight:
 
 @dataclass(frozen=True)
 class Profile:
-    """A person as of one revision. ``layers`` holds every stored weight; ``weights`` those in effect."""
+    """A person as of one revision. ``layers`` holds every stored weight; ``weights`` those in effect. ``inferred_from``
+    is a hash of what the inferred layers were read from; ``None`` if nothing was inferred yet.
+    """
 
     user_id: str
     persona: str
@@ -65,6 +71,7 @@ class Profile:
     layers: tuple[Weight, ...] = ()
     method: str | None = None
     strengths: Mapping[str, float] = field(default_factory=dict)
+    inferred_from: str | None = None
 
     @property
     def weights(self) -> dict[str, Weight]:
@@ -160,7 +167,7 @@ def check_stated(stated: Stated) -> Stated:
         raise UsageError(f"a weight lies in [-1, 1], got {stated.value:g}")
     if not 0 <= stated.confidence <= 1:
         raise UsageError(f"a confidence lies in [0, 1], got {stated.confidence:g}")
-    return Stated(float(stated.value), float(stated.confidence))
+    return Stated(float(stated.value), float(stated.confidence), stated.evidence)
 
 
 def check_persona(persona: str) -> str:

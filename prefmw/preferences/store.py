@@ -6,8 +6,8 @@ other must pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import Any, Final, Literal, Protocol
@@ -73,8 +73,50 @@ class Recorded:
     conversation_id: str
 
 
+FeedbackKind = Literal["choice", "like", "dislike", "edit"]
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What a person said of replies: which of two they chose, one they liked or disliked, or how they edited one.
+
+    ``chosen`` is ``""`` for a dislike and ``rejected`` for a like; of an edit ``rejected`` is the reply and ``chosen``
+    what it was made into. ``scores`` are both replies' attribute scores by dimension, where they are known.
+    """
+
+    user_id: str
+    kind: FeedbackKind
+    prompt: str
+    chosen: str = ""
+    rejected: str = ""
+    scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    turn_id: int | None = None
+
+
+@dataclass(frozen=True)
+class RecordedFeedback(Feedback):
+    """Feedback with the id the store gave it, and when."""
+
+    id: int = 0
+    created_at: datetime = datetime.min
+
+
+@dataclass(frozen=True)
+class ConversationEntry:
+    """A conversation in a list: its id, how many turns it has, the first prompt, and when it was last spoken in."""
+
+    id: str
+    turns: int
+    first_prompt: str
+    updated_at: datetime
+
+
+Existing = Literal["fail", "skip", "replace"]
+"""What loading does with a user who is stored already."""
+
+
 class PreferenceStore(Protocol):
-    """Users, their weights in layers, revisions, conversations and turns.
+    """Users, their weights in layers, revisions, conversations, turns, feedback and vectors.
 
     Writes are whole or not at all, and acknowledged only when durable. Every change of a profile makes the next
     revision; ``expected_revision`` makes it conditional on the profile being as it was read.
@@ -136,6 +178,32 @@ class PreferenceStore(Protocol):
         """
         ...
 
+    def write_inferred(
+        self,
+        user_id: str,
+        weights: Mapping[str, Stated],
+        *,
+        inferred_from: str,
+        actor: str,
+        reason: str = "",
+        expected_revision: int | None = None,
+    ) -> Profile:
+        """Replace every inferred layer by these and note what they were read from, which alone makes no revision."""
+        ...
+
+    def rename_user(self, user_id: str, new_id: str, *, actor: str, reason: str = "") -> Profile:
+        """Give a user another id; all that hangs on them goes along. Raises UserExistsError if it is taken."""
+        ...
+
+    def revert(
+        self, user_id: str, number: int, *, actor: str, reason: str = "", expected_revision: int | None = None
+    ) -> Profile:
+        """Make the profile what it was after revision ``number``, every layer of it, as a new revision.
+
+        Raises UsageError if there is no such revision.
+        """
+        ...
+
     def revisions(self, user_id: str) -> Sequence[Revision]:
         """Every change of the profile, oldest first."""
         ...
@@ -153,6 +221,44 @@ class PreferenceStore(Protocol):
 
     def turns(self, user_id: str, conversation_id: str) -> Sequence[RecordedTurn]:
         """The conversation's turns, oldest first."""
+        ...
+
+    def conversations(self, user_id: str) -> Sequence[ConversationEntry]:
+        """The user's conversations, the one last spoken in first."""
+        ...
+
+    def add_feedback(self, feedback: Feedback) -> int:
+        """Append feedback and return its id. Raises UsageError if its turn is not the user's."""
+        ...
+
+    def feedback(self, user_id: str) -> Sequence[RecordedFeedback]:
+        """All feedback of a user, oldest first."""
+        ...
+
+    def vector(self, user_id: str, kind: str, model: str, content: str) -> tuple[float, ...] | None:
+        """The vector of that kind that ``model`` made of ``content`` (a hash); ``None`` if there is none, or if it was
+        made of something else and is stale.
+        """
+        ...
+
+    def put_vector(self, user_id: str, kind: str, model: str, content: str, numbers: Sequence[float]) -> None:
+        """Keep a vector, in float32, in place of the one of that kind and model."""
+        ...
+
+    def export(self, user_id: str) -> dict[str, Any]:
+        """Everything held about a person, as JSON."""
+        ...
+
+    def erase(self, user_id: str) -> None:
+        """Remove everything held about a person, revisions, conversations, feedback and vectors included."""
+        ...
+
+    def load(self, people: Iterable[Mapping[str, Any]], *, existing: Existing = "fail", actor: str) -> int:
+        """Store people as :meth:`export` gives them, or as few fields of that as ``user`` alone; ``weights`` may stand
+        for layers of source user. All or nobody; returns how many.
+
+        Raises UsageError, which says the how-manieth of them cannot be read; UserExistsError.
+        """
         ...
 
     def close(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
 
 from prefmw.errors import ConflictError, UnknownConversationError, UnknownUserError, UsageError, UserExistsError
-from prefmw.preferences import Message, PreferenceStore, Source, Stated, Turn
+from prefmw.preferences import Feedback, Message, PreferenceStore, Source, Stated, Turn
 
 PERSONA = "I'm a nurse on night shifts; keep it short — 夜勤 🛌"
 
@@ -37,6 +38,19 @@ def turn(user_id: str = "alice", conversation_id: str | None = None, **changes) 
 
 def effective(profile) -> dict[str, tuple[float, str]]:
     return {key: (weight.value, weight.source.name) for key, weight in profile.weights.items()}
+
+
+def a_whole_person(store, user_id: str) -> None:
+    """Something in every table."""
+    store.add_user(user_id, persona=f"{user_id}'s persona", method="linear", strengths={"linear": 3.0}, actor="test")
+    store.write_weights(user_id, {"humor": Stated(0.5)}, source=Source.user, actor="test")
+    store.write_inferred(user_id, {"humor": Stated(-0.5, 0.8, ["because"])}, inferred_from="k", actor="test")
+    recorded = store.record(turn(user_id, text=f"said to {user_id}"))
+    store.record(turn(user_id, recorded.conversation_id))
+    store.record(turn(user_id))
+    scores = {"humor": (1.0, 0.5)}
+    store.add_feedback(Feedback(user_id, "choice", "q?", f"{user_id} chose", "other", scores, recorded.turn_id))
+    store.put_vector(user_id, "persona", "minilm", "hash", [0.5, 1.5])
 
 
 class StoreConformance:
@@ -254,7 +268,206 @@ class StoreConformance:
         assert effective(store.profile("alice")) == {f"d{index}": (0.5, "user") for index in range(8)}
         assert [revision.number for revision in store.revisions("alice")] == list(range(1, 42))
 
+    def test_what_a_weight_rests_on_comes_back(self, store):
+        store.add_user("alice", actor="test")
+        evidence = [{"anchor": "Keep it short.", "similarity": 0.8, "pole": "concise", "clause": "shorter, please"}]
+        store.write_weights("alice", {"verbosity": Stated(-0.6, 0.9, evidence)}, source=Source.learned, actor="test")
+        assert store.profile("alice").weights["verbosity"].evidence == evidence
+
+    # Inference
+
+    def test_inferred_layers_are_replaced_together_and_others_stay(self, store):
+        store.add_user("alice", persona="p", actor="test")
+        store.write_weights("alice", {"humor": Stated(1.0)}, source=Source.user, actor="test")
+        first = {"humor": Stated(-0.5, 0.7), "verbosity": Stated(0.2, 0.9)}
+        assert store.write_inferred("alice", first, inferred_from="a", actor="test").revision == 3
+        after = store.write_inferred("alice", {"formality": Stated(0.4)}, inferred_from="b", actor="test")
+        assert effective(after) == {"humor": (1.0, "user"), "formality": (0.4, "inferred")}
+        assert (after, after.inferred_from) == (store.profile("alice"), "b")
+
+    def test_inferring_nothing_is_noted_without_a_revision(self, store):
+        store.add_user("alice", persona="p", actor="test")
+        assert store.profile("alice").inferred_from is None
+        store.write_inferred("alice", {}, inferred_from="a", actor="test")
+        profile = store.profile("alice")
+        assert (profile.revision, profile.inferred_from, len(store.revisions("alice"))) == (1, "a", 1)
+
+    # Going back
+
+    def test_revert_restores_every_layer_as_a_new_revision(self, store):
+        store.add_user("alice", persona="a", method="linear", strengths={"linear": 3.0}, actor="test")
+        store.write_weights("alice", {"humor": Stated(0.5, 0.6, {"why": 1})}, source=Source.inferred, actor="test")
+        then = store.write_weights("alice", {"humor": Stated(-1.0)}, source=Source.admin, actor="test")
+        store.edit_user("alice", persona="b", method=None, strengths={"linear": None}, actor="test")
+        store.write_weights("alice", {"humor": None}, source=Source.admin, actor="test")
+        store.write_inferred("alice", {"formality": Stated(1.0)}, inferred_from="x", actor="test")
+        back = store.revert("alice", then.revision, actor="carol", reason="better before")
+        assert back == store.profile("alice")
+        assert {**vars(back), "revision": then.revision} == vars(then)
+        last = store.revisions("alice")[-1]
+        assert (last.number, last.actor, last.reason) == (7, "carol", "better before")
+
+    def test_reverting_to_how_things_are_is_no_revision(self, store):
+        store.add_user("alice", persona="a", actor="test")
+        assert store.revert("alice", 1, actor="test").revision == 1
+
+    @pytest.mark.parametrize("number", [0, -1, 2, 10**9])
+    def test_a_revision_that_never_was_is_refused(self, store, number):
+        store.add_user("alice", persona="a", actor="test")
+        with pytest.raises(UsageError, match=f"no revision {number}"):
+            store.revert("alice", number, actor="test")
+
+    def test_reverting_what_somebody_changed_meanwhile_is_refused(self, store):
+        store.add_user("alice", persona="a", actor="test")
+        store.edit_user("alice", persona="b", actor="test")
+        with pytest.raises(ConflictError, match="revision 2"):
+            store.revert("alice", 1, actor="test", expected_revision=1)
+
+    # Feedback and vectors
+
+    def test_feedback_comes_back_in_order_with_its_evidence(self, store):
+        store.add_user("alice", actor="test")
+        recorded = store.record(turn())
+        chosen = Feedback("alice", "choice", "q?", "yes.", "no.", {"humor": (0.25, -1.5)}, recorded.turn_id)
+        liked = Feedback("alice", "like", "q?", chosen="yes.")
+        ids = [store.add_feedback(chosen), store.add_feedback(liked)]
+        back = store.feedback("alice")
+        assert [one.id for one in back] == ids
+        assert [{name: getattr(one, name) for name in vars(chosen)} for one in back] == [vars(chosen), vars(liked)]
+        assert back[0].created_at.tzinfo is not None
+
+    def test_feedback_about_another_s_turn_is_refused(self, store):
+        store.add_user("alice", actor="test")
+        store.add_user("mallory", actor="test")
+        hers = store.record(turn("alice")).turn_id
+        with pytest.raises(UsageError, match="no turn"):
+            store.add_feedback(Feedback("mallory", "like", "q?", "yes.", turn_id=hers))
+        assert store.feedback("mallory") == []
+
+    def test_a_vector_comes_back_unless_it_is_stale(self, store):
+        store.add_user("alice", actor="test")
+        store.put_vector("alice", "persona", "minilm", "hash1", [0.5, -1.25, 3.0])
+        assert store.vector("alice", "persona", "minilm", "hash1") == (0.5, -1.25, 3.0)
+        assert store.vector("alice", "persona", "minilm", "hash2") is None
+        assert store.vector("alice", "w_p", "minilm", "hash1") is None
+        store.put_vector("alice", "persona", "minilm", "hash2", [1.0])
+        assert store.vector("alice", "persona", "minilm", "hash1") is None
+        assert store.vector("alice", "persona", "minilm", "hash2") == (1.0,)
+
+    @pytest.mark.parametrize("numbers", [[], [float("nan")], [1.0, float("inf")]])
+    def test_a_vector_of_no_numbers_is_refused(self, store, numbers):
+        store.add_user("alice", actor="test")
+        with pytest.raises(UsageError, match="finite numbers"):
+            store.put_vector("alice", "persona", "minilm", "hash", numbers)
+
+    # Whole people
+
+    def test_a_renamed_user_keeps_everything(self, store):
+        a_whole_person(store, "alice")
+        before = store.export("alice")
+        store.rename_user("alice", "alicia", actor="test")
+        after = store.export("alicia")
+        assert after["revisions"][-1]["change"] == {"user": ["alice", "alicia"]}
+        for name in ("persona", "layers", "conversations", "feedback", "vectors"):
+            assert after[name] == before[name]
+        with pytest.raises(UnknownUserError):
+            store.profile("alice")
+
+    def test_a_taken_id_is_no_new_name(self, store):
+        store.add_user("alice", persona="a", actor="test")
+        store.add_user("bob", persona="b", actor="test")
+        with pytest.raises(UserExistsError, match="'bob' already"):
+            store.rename_user("alice", "bob", actor="test")
+        assert [profile.persona for profile in store.users()] == ["a", "b"]
+
+    def test_erasing_leaves_nothing_of_one_and_all_of_another(self, store):
+        a_whole_person(store, "alice")
+        a_whole_person(store, "bob")
+        bob = store.export("bob")
+        store.erase("alice")
+        with pytest.raises(UnknownUserError):
+            store.profile("alice")
+        assert store.export("bob") == bob
+        store.add_user("alice", actor="test")
+        again = store.export("alice")
+        assert [again[name] for name in ("layers", "conversations", "feedback", "vectors")] == [[], [], [], []]
+        assert len(again["revisions"]) == 1
+
+    def test_what_was_exported_is_loaded_again_whole(self, store):
+        a_whole_person(store, "alice")
+        out = store.export("alice")
+        assert json.loads(json.dumps(out)) == out
+        store.erase("alice")
+        assert store.load([out], actor="test") == 1
+        back = store.export("alice")
+        for person in (out, back):
+            for talk in person["conversations"]:
+                for one in talk["turns"]:
+                    one.pop("id")
+            person["feedback"][0].pop("turn_id")
+        assert back == out
+
+    def test_a_person_written_by_hand_is_loaded(self, store):
+        people = [{"user": "alice", "persona": "p", "weights": {"humor": 0.5}}, {"user": "bob"}]
+        assert store.load(people, actor="carol") == 2
+        assert effective(store.profile("alice")) == {"humor": (0.5, "user")}
+        (revision,) = store.revisions("alice")
+        assert (revision.number, revision.actor, revision.change["persona"]) == (1, "carol", [None, "p"])
+        assert store.revert("alice", 1, actor="test").revision == 1
+
+    @pytest.mark.parametrize(
+        ("second", "message"),
+        [
+            ({}, "user: Field required"),
+            ({"user": "a\nb"}, "printable"),
+            ({"user": "alice"}, "stands twice"),
+            ({"user": "bob", "weights": {"humor": 1.5}}, "weights.humor"),
+            ({"user": "bob", "weights": {"humor": float("nan")}}, "weights.humor"),
+            ({"user": "bob", "colour": "red"}, "colour"),
+            ({"user": "bob", "method": "bogus"}, "no method 'bogus'"),
+            ({"user": "bob", "strengths": {"linear": 99}}, "ratio"),
+            ({"user": "bob", "persona": "x" * 5000}, "4000 characters"),
+            ({"user": "bob", "revision": 3}, "without its history"),
+            ({"user": "bob", "layers": [{"dimension": "humor", "source": "nobody", "value": 1}]}, "layers.0.source"),
+            ({"user": "bob", "layers": [{"dimension": "d", "source": "user", "value": 1}] * 2}, "two weights"),
+            (["bob"], "the whole"),
+        ],
+    )
+    def test_a_person_that_cannot_be_read_keeps_everybody_out(self, store, second, message):
+        with pytest.raises(UsageError, match=message):
+            store.load([{"user": "alice"}, second], actor="test")
+        assert list(store.users()) == []
+
+    def test_loading_those_who_exist_fails_skips_or_replaces(self, store):
+        store.add_user("alice", persona="old", actor="test")
+        people = [{"user": "alice", "persona": "new"}, {"user": "bob", "persona": "b"}]
+        with pytest.raises(UserExistsError, match="'alice' is stored already"):
+            store.load(people, actor="test")
+        assert [profile.user_id for profile in store.users()] == ["alice"]
+        assert store.load(people, existing="skip", actor="test") == 1
+        assert store.profile("alice").persona == "old"
+        assert store.load(people, existing="replace", actor="test") == 2
+        assert store.profile("alice").persona == "new"
+
+    def test_another_s_conversation_is_not_loaded_over(self, store):
+        a_whole_person(store, "alice")
+        stolen = store.export("alice") | {"user": "mallory"}
+        before = store.export("alice")
+        with pytest.raises(UsageError, match="another user's"):
+            store.load([stolen], actor="test")
+        assert store.export("alice") == before
+
     # Conversations
+
+    def test_conversations_are_listed_latest_first(self, store):
+        store.add_user("alice", actor="test")
+        store.add_user("bob", actor="test")
+        first = store.record(turn(prompt="one?"))
+        second = store.record(turn(prompt="two?"))
+        store.record(turn("bob"))
+        store.record(turn(prompt="three?", conversation_id=first.conversation_id))
+        listed = [(entry.id, entry.turns, entry.first_prompt) for entry in store.conversations("alice")]
+        assert listed == [(first.conversation_id, 2, "one?"), (second.conversation_id, 1, "two?")]
 
     def test_a_turn_comes_back_as_recorded(self, store):
         store.add_user("alice", actor="test")

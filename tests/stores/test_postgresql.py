@@ -121,8 +121,8 @@ def test_a_database_that_does_not_exist_is_told(name):
 
 def test_upgrading_twice_changes_nothing(url):
     database = Database(url)
-    assert database.upgrade() == (None, "0001")
-    assert database.upgrade() == ("0001", "0001")
+    assert database.upgrade() == (None, "0002")
+    assert database.upgrade() == ("0002", "0002")
     database.close()
 
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event
 
 from prefmw.errors import SchemaVersionError, StoreError, StoreLockedError, UsageError
-from prefmw.preferences import Source, Stated
+from prefmw.preferences import Feedback, Source, Stated
 from prefmw.stores import SQLPreferenceStore, database
 from tests.stores.conformance import StoreConformance, turn
 
@@ -59,8 +59,78 @@ def test_deleting_a_user_s_row_takes_all_that_hangs_on_it(store):
     store.record(turn())
     with store._database.writing() as connection:
         connection.exec_driver_sql("DELETE FROM users")
-        for table in ("weights", "revisions", "conversations", "turns"):
+        for table in ("weights", "revisions", "conversations", "turns", "feedback", "vectors"):
             assert connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() == 0
+
+
+def test_what_was_erased_is_in_no_file_byte_by_byte(store, file):
+    """Canaries in every column that takes a text, before and after others' rows move the pages about."""
+    canary = "canary-7f3a"
+    for index in range(40):
+        store.add_user(f"user{index}", persona="x" * 500, actor="test")
+    alice = f"alice-{canary}"
+    store.add_user(alice, persona=canary * 300, actor=canary, reason=canary)
+    store.write_weights(
+        alice, {f"d-{canary}": Stated(1.0, 1.0, {"quote": canary})}, source=Source.learned, actor="test"
+    )
+    recorded = store.record(
+        turn(alice, system=canary, prompt=canary * 500, text=canary * 2000, plan={"p": canary}, model=canary)
+    )
+    store.add_feedback(Feedback(alice, "edit", canary, canary, canary, {canary: (1.0, 0.0)}, recorded.turn_id))
+    store.put_vector(alice, "persona", canary, canary, [1.0])
+    store.rename_user(alice, f"{canary}-alice", actor="test")
+    for index in range(40):
+        store.edit_user(f"user{index}", persona="y" * (index * 90), actor="test")
+    assert any(canary.encode() in path.read_bytes() for path in file.parent.iterdir() if path.is_file())
+    store.erase(f"{canary}-alice")
+    held = [path.name for path in file.parent.iterdir() if path.is_file() and canary.encode() in path.read_bytes()]
+    assert held == []
+
+
+def test_erasing_beside_a_reader_says_what_remains(store, file, monkeypatch):
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 50)
+    store.close()
+    store.add_user("alice", actor="test")
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT * FROM users").fetchall()
+    with pytest.raises(StoreLockedError, match="write-ahead log still holds"):
+        store.erase("alice")
+    other.execute("ROLLBACK")
+    other.close()
+    assert list(store.users()) == []
+
+
+def test_rows_of_the_first_schema_are_upgraded(tmp_path):
+    file = tmp_path / "old.db"
+    old = database.Database(f"sqlite:///{file}")
+    old._make_file()
+    with old.writing() as connection:
+        database._run_migrations(connection, "0001")
+        connection.exec_driver_sql(
+            "INSERT INTO users VALUES ('alice', 'p', NULL, '{}', 2, '2026-01-01 00:00:00', '2026-01-01 00:00:00')"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO weights VALUES ('alice', 'humor', 'user', 0.5, 1, '2026-01-01 00:00:00')"
+        )
+        for number, extra in ((1, ""), (2, ', "weight.humor.user": [0.5, 1.0]')):
+            times = '{"weight.humor.user": "2026-01-01T00:00:00+00:00"}' if extra else "{}"
+            snapshot = f'{{"persona": "p", "method": null, "updated_at": {times}{extra}}}'
+            connection.exec_driver_sql(
+                "INSERT INTO revisions VALUES ('alice', ?, 'a', '', '{}', ?, '2026-01-01 00:00:00')", (number, snapshot)
+            )
+    assert old.upgrade() == ("0001", "0002")
+    old.close()
+    store = reopened(file)
+    profile = store.profile("alice")
+    assert (profile.weights["humor"].value, profile.weights["humor"].evidence, profile.inferred_from) == (
+        0.5,
+        None,
+        None,
+    )
+    assert store.revert("alice", 1, actor="test").weights == {}
+    assert store.revert("alice", 2, actor="test").weights["humor"].value == 0.5
+    store.close()
 
 
 def test_a_fresh_file_gets_its_schema_and_its_folder(tmp_path):
@@ -72,7 +142,7 @@ def test_a_fresh_file_gets_its_schema_and_its_folder(tmp_path):
 def test_what_is_acknowledged_survives_kill(file):
     script = f"""
 from prefmw.stores import SQLPreferenceStore
-from prefmw.preferences import Source, Stated
+from prefmw.preferences import Feedback, Source, Stated
 import os, signal
 store = SQLPreferenceStore("sqlite:///{file}")
 store.add_user("alice", actor="test")

@@ -1,0 +1,134 @@
+"""Rows of the tables as the core's dataclasses, and back: no query is made here."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Row
+
+from prefmw.errors import UsageError
+from prefmw.preferences import (
+    Message,
+    Profile,
+    RecordedFeedback,
+    RecordedTurn,
+    Source,
+    Weight,
+    check_key,
+    check_method,
+    check_strength,
+)
+
+
+def profile_of(rows: Sequence[Row[*tuple[Any, ...]]]) -> Profile:
+    """One profile from its rows, one for each layer (a single row with empty layer columns where there is none)."""
+    layers = [
+        Weight(row.dimension, Source[row.source], row.value, row.confidence, row.updated_at, row.evidence)
+        for row in rows
+        if row.dimension is not None
+    ]
+    first = rows[0]
+    return Profile(
+        user_id=first.id,
+        persona=first.persona,
+        revision=first.revision,
+        layers=ordered(layers),
+        method=first.method,
+        strengths=first.strengths,
+        inferred_from=first.inferred_from,
+    )
+
+
+def turn_of(row: Row[Any]) -> RecordedTurn:
+    """A turn from its row."""
+    values = dict(row._mapping)
+    del values["output_tokens"]  # the number of token ids
+    values["token_ids"] = tuple(row.token_ids)
+    values["history"] = tuple(Message(role, content) for role, content in row.history)
+    return RecordedTurn(**values)
+
+
+def feedback_of(row: Row[Any]) -> RecordedFeedback:
+    """Feedback from its row."""
+    scores = {dimension: (chosen, rejected) for dimension, (chosen, rejected) in row.scores.items()}
+    return RecordedFeedback(**{**row._mapping, "scores": scores})
+
+
+def ordered(layers: Iterable[Weight]) -> tuple[Weight, ...]:
+    """Layers in the one order that profiles hold them in."""
+    return tuple(sorted(layers, key=lambda layer: (layer.dimension, layer.source)))
+
+
+def flat(profile: Profile) -> dict[str, Any]:
+    """A profile as ``{field: value}`` in JSON: ``persona``, ``method``, ``strength.METHOD``, ``weight.DIM.SOURCE``."""
+    return {
+        "persona": profile.persona,
+        "method": profile.method,
+        **{f"strength.{method}": value for method, value in profile.strengths.items()},
+        **{_layer_key(layer): [layer.value, layer.confidence] for layer in profile.layers},
+    }
+
+
+def snapshot_of(profile: Profile) -> dict[str, Any]:
+    """A whole profile as JSON, for its revision."""
+    return flat(profile) | {
+        "updated_at": {_layer_key(layer): layer.updated_at.isoformat() for layer in profile.layers},
+        "evidence": {_layer_key(layer): layer.evidence for layer in profile.layers if layer.evidence is not None},
+        "inferred_from": profile.inferred_from,
+    }
+
+
+def profile_from_snapshot(user_id: str, revision: int, snapshot: dict[str, Any]) -> Profile:
+    """The profile that :func:`snapshot_of` was given.
+
+    Raises:
+        UsageError: it holds a method or a weight that this version does not take.
+    """
+    strengths: dict[str, float] = {}
+    layers: list[Weight] = []
+    try:
+        for name, value in snapshot.items():
+            kind, _, rest = name.partition(".")
+            if kind == "strength":
+                strengths[rest] = float(check_strength(check_method(rest), value) or 0.0)
+            elif kind == "weight":
+                dimension, _, source = rest.rpartition(".")
+                moment = datetime.fromisoformat(snapshot["updated_at"][name])
+                evidence = snapshot.get("evidence", {}).get(name)
+                layers.append(Weight(check_key(dimension), Source[source], value[0], value[1], moment, evidence))
+        method = snapshot["method"] and check_method(snapshot["method"])
+        return Profile(
+            user_id, snapshot["persona"], revision, ordered(layers), method, strengths, snapshot.get("inferred_from")
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UsageError(f"revision {revision} holds what this version of prefmw cannot read: {error}") from error
+
+
+def merged(strengths: dict[str, float], changes: dict[str, float | None]) -> dict[str, float]:
+    """The strengths after the changes, each of which is within its method's range; ``None`` forgets one."""
+    for method, strength in changes.items():
+        if strength is not None:
+            check_strength(check_method(method), strength)
+    return {method: strength for method, strength in {**strengths, **changes}.items() if strength is not None}
+
+
+def storable(text: str) -> str:
+    """Text that both databases hold: PostgreSQL takes no NUL, which a model may emit."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def packed(numbers: Sequence[float]) -> bytes:
+    """Numbers as float32, little-endian."""
+    return struct.pack(f"<{len(numbers)}f", *numbers)
+
+
+def unpacked(stored: bytes) -> tuple[float, ...]:
+    """What :func:`packed` was given, in float32."""
+    return struct.unpack(f"<{len(stored) // 4}f", stored)
+
+
+def _layer_key(layer: Weight) -> str:
+    return f"weight.{layer.dimension}.{layer.source.name}"
