@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,8 +36,10 @@ class Session:
     streams: bool = True
     latest: Reply | None = None
     """The latest reply, whole or not."""
+    turn_id: int | None = None
+    """The conversation's latest turn, where it was recorded."""
 
-    def ask(self, prompt: str, *, show: bool = True) -> Reply:
+    def ask(self, prompt: str, *, show: bool = True, replaces: int | None = None) -> Reply:
         """Answer one message, streaming it to stdout if it is to be shown, and remember the exchange."""
         from prefmw.preferences import Message
 
@@ -48,6 +50,7 @@ class Session:
             [*messages, *self.history, asked],
             self.options,
             conversation_id=self.conversation_id,
+            replaces=replaces,
             log=self.log,
         )
         shown = False
@@ -67,12 +70,25 @@ class Session:
             self.latest = reply = stream.reply
             if reply.text:
                 self.history += [asked, Message("assistant", reply.text)]
-            self.conversation_id = reply.conversation_id
+            self.conversation_id, self.turn_id = reply.conversation_id, reply.turn_id
             if reply.not_recorded:
                 say(f"prefmw: this turn was not recorded: {reply.not_recorded}")
         for notice in reply.notices:
             say(f"note: {notice}")
         return reply
+
+    def replace_reply(self, prompt: str, text: str, edited: str) -> None:
+        """Let the person's own wording stand in place of the last reply; what was recorded learns of it as feedback."""
+        from prefmw.preferences import Feedback, Message, Turn
+
+        self.history[-1] = Message("assistant", edited)
+        if self.conversation_id is None or self.turn_id is None:
+            return
+        turn = self.store.turns(self.user_id, self.conversation_id)[-1]
+        values = {field.name: getattr(turn, field.name) for field in fields(Turn)}
+        changes = {"text": edited, "finish_reason": "edited", "token_ids": (), "history": (), "replaces": turn.id}
+        self.store.add_feedback(Feedback(self.user_id, "edit", prompt, chosen=edited, rejected=text, turn_id=turn.id))
+        self.turn_id = self.store.record(Turn(**values | changes)).turn_id
 
     @property
     def fate(self) -> str:
@@ -148,6 +164,7 @@ def chat(
             system=system if system is not None else (earlier.system if earlier else ""),
             history=list(earlier.messages) if earlier else [],
             conversation_id=earlier.id if earlier else None,
+            turn_id=store.turns(settings.user, earlier.id)[-1].id if earlier else None,
             log=settings.log,
             streams=not no_stream,
         )

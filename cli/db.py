@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from prefmw.cli.options import DatabaseOption, JsonOption
-from prefmw.cli.output import print_json
+from prefmw.cli.output import print_json, progress
 
 if TYPE_CHECKING:
     from prefmw.stores.database import Database
@@ -43,6 +43,26 @@ def current(json: JsonOption = False, database: DatabaseOption = None) -> None:
         print_json({"database": name, "schema": version, "expected": HEAD})
     else:
         print(f"{name}: schema {version or 'none'}" + ("" if version == HEAD else f", this prefmw works with {HEAD}"))
+
+
+@app.command()
+def check(json: JsonOption = False, database: DatabaseOption = None) -> None:
+    """Check that the database is sound: its file, its settings, and that every profile is what its history says."""
+    from prefmw.settings import load_settings
+    from prefmw.stores import SQLPreferenceStore
+
+    store = SQLPreferenceStore(load_settings({"database": database}).database_url)
+    try:
+        with progress("people") as advance:
+            problems = store.check(advance)
+    finally:
+        store.close()
+    if json:
+        print_json({"database": store.name, "problems": problems})
+    else:
+        print(*(problems or [f"{store.name}: sound"]), sep="\n")
+    if problems:
+        raise typer.Exit(1)
 
 
 @contextmanager

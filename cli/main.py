@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from prefmw import __version__
-from prefmw.cli import bench, chat, db, evaluate, models, prefs, train, users
+from prefmw.cli import bench, chat, db, evaluate, logs, models, prefs, train, users
 from prefmw.cli.output import say
 from prefmw.errors import PrefmwError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("chat")(chat.chat)
 app.add_typer(users.app, name="users")
 app.add_typer(prefs.app, name="prefs")
+app.add_typer(logs.app, name="logs")
 app.add_typer(models.app, name="models")
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from prefmw.cli.options import JsonOption
 from prefmw.cli.output import print_json, print_table
+from prefmw.errors import ModelNotFoundError, nearest
 
 app = typer.Typer(help="The chat models at hand.", no_args_is_help=True)
 
@@ -41,6 +42,15 @@ def list_models(json: JsonOption = False) -> None:
         for model in models
     ]
     print_table(["model", "kind", "size", "default"], rows)
+
+
+@app.command()
+def path(name: Annotated[str, typer.Argument(metavar="MODEL", help="A name that 'models list' shows.")]) -> None:
+    """Print the folder that a model lies in."""
+    found = {model["name"]: model["path"] for model in [*_embedded(), *_cached()] if model["present"]}
+    if name not in found:
+        raise ModelNotFoundError(f"no model '{name[:80]}' at hand: {nearest(name[:80], found)}")
+    print(found[name])
 
 
 def _size(count: int) -> str:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prefmw.errors import UsageError
+
 if TYPE_CHECKING:
-    from prefmw.preferences import PreferenceStore
+    from prefmw.preferences import PreferenceStore, Stated
 
 DatabaseOption = Annotated[
     str | None,
@@ -40,3 +42,21 @@ def actor() -> str:
         return f"cli:{getpass.getuser()}"
     except (KeyError, OSError):  # a uid without a name, as in some containers
         return "cli"
+
+
+def parse_weight(item: str) -> tuple[str, Stated]:
+    """A dimension and its weight from ``verbosity=-0.6``.
+
+    Raises:
+        UsageError: there is no such dimension, no number, or one that the dimension does not take.
+    """
+    from prefmw.preferences import Stated, default_dimensions
+
+    name, equals, number = item.partition("=")
+    dimension = default_dimensions().named(name.strip())
+    try:
+        value = float(number)
+    except ValueError as error:
+        got = f"'{number[:20]}'" if equals else "no '='"
+        raise UsageError(f"expected {dimension.key}=NUMBER, such as {dimension.key}=-0.6, got {got}") from error
+    return dimension.key, Stated(dimension.check(value))

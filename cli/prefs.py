@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
 
-from prefmw.cli.options import DatabaseOption, JsonOption, ReasonOption, UserArgument, actor, opened_store
-from prefmw.cli.output import say, show_profile
+from prefmw.cli.options import (
+    DatabaseOption,
+    JsonOption,
+    ReasonOption,
+    UserArgument,
+    actor,
+    opened_store,
+    parse_weight,
+)
+from prefmw.cli.output import print_json, print_table, say, shorten, show_profile
 from prefmw.errors import UsageError
-from prefmw.preferences import Source, Stated, default_dimensions
+from prefmw.preferences import Source, default_dimensions
 
 app = typer.Typer(help="A user's preferences: numbers one can read and edit.", no_args_is_help=True)
 
@@ -36,7 +45,7 @@ def set_weights(
     database: DatabaseOption = None,
 ) -> None:
     """Set weights."""
-    values = dict(_parse(item) for item in weights)
+    values = dict(parse_weight(item) for item in weights)
     if len(values) < len(weights):
         raise UsageError("a dimension is given twice; give each once")
     with opened_store(database) as store:
@@ -70,15 +79,74 @@ def unset_weights(
     show_profile(profile, json)
 
 
-def _parse(item: str) -> tuple[str, Stated]:
-    name, equals, number = item.partition("=")
-    dimension = default_dimensions().named(name.strip())
-    try:
-        value = float(number)
-    except ValueError as error:
-        got = f"'{number[:20]}'" if equals else "no '='"
-        raise UsageError(f"expected {dimension.key}=NUMBER, such as {dimension.key}=-0.6, got {got}") from error
-    return dimension.key, Stated(dimension.check(value))
+@app.command()
+def history(user_id: UserArgument, json: JsonOption = False, database: DatabaseOption = None) -> None:
+    """Show every change of a user's profile: when, who, why and what."""
+    with opened_store(database) as store:
+        revisions = store.revisions(user_id)
+    if json:
+        print_json([asdict(revision) | {"created_at": revision.created_at.isoformat()} for revision in revisions])
+        return
+    rows = [
+        [
+            str(revision.number),
+            f"{revision.created_at:%Y-%m-%d %H:%M:%S}",
+            revision.actor,
+            "; ".join(_change(name, *pair) for name, pair in revision.change.items()),
+            revision.reason,
+        ]
+        for revision in revisions
+    ]
+    print_table(["revision", "when (UTC)", "who", "what", "why"], rows)
+
+
+@app.command()
+def revert(
+    user_id: UserArgument,
+    revision: Annotated[int, typer.Argument(metavar="REVISION", help="A number that 'prefs history' shows.")],
+    reason: ReasonOption = "",
+    json: JsonOption = False,
+    database: DatabaseOption = None,
+) -> None:
+    """Make a profile what it was after a revision, every layer of it; that is a new revision."""
+    with opened_store(database) as store:
+        before = store.profile(user_id).revision
+        profile = store.revert(user_id, revision, actor=actor(), reason=reason)
+    if not json:
+        say(f"{user_id} is back at revision {revision}" if profile.revision > before else "nothing had changed since")
+    show_profile(profile, json)
+
+
+@app.command()
+def dimensions(json: JsonOption = False) -> None:
+    """List the dimensions that a preference can be set on, and the sentence that asks a model for each pole."""
+    registry = default_dimensions()
+    if json:
+        print_json({key: asdict(dimension) for key, dimension in registry.items()})
+        return
+    rows = [
+        [
+            dimension.key,
+            f"{weight:+d} {pole.name}" if pole else "",
+            dimension.kind if weight < 0 or not dimension.negative else "",
+            pole.principle,
+        ]
+        for dimension in registry.values()
+        for weight, pole in ((-1, dimension.negative), (1, dimension.positive))
+        if pole
+    ]
+    print_table(["dimension", "pole", "kind", "principle"], rows)
+
+
+def _change(name: str, before: Any, after: Any) -> str:
+    """One field's change for a person: ``humor (user) +0.50 -> +1.00``."""
+    kind, _, rest = name.partition(".")
+    if kind == "weight":
+        dimension, _, source = rest.rpartition(".")
+        old, new = (f"{value[0]:+.2f}" if value else "unset" for value in (before, after))
+        return f"{dimension} ({source}) {old} → {new}"
+    old, new = (shorten(str(value), 40) if value not in (None, "") else "–" for value in (before, after))
+    return f"{name} {old} → {new}"
 
 
 def _layer(as_admin: bool) -> Source:

@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
+from prefmw.cli import editing, transfer
 from prefmw.cli.options import DatabaseOption, JsonOption, ReasonOption, UserArgument, actor, opened_store
 from prefmw.cli.output import print_json, print_table, say, shorten, show_profile
 from prefmw.errors import UsageError
 
 app = typer.Typer(help="The people whose preferences are stored.", no_args_is_help=True)
+for command in (transfer.export, transfer.erase, transfer.dump, transfer.load):
+    app.command()(command)
 
 PersonaOption = Annotated[
     str | None, typer.Option("--persona", help="The person in plain words, at most 4,000 characters.")
@@ -94,25 +97,45 @@ def edit(
     json: JsonOption = False,
     database: DatabaseOption = None,
 ) -> None:
-    """Change a user's persona, method or strength; what is not given stays, an empty persona clears it."""
+    """Change a user's persona, method or strength; what is not given stays, an empty persona clears it.
+
+    Without an option, on a terminal: opens the whole profile in $EDITOR as TOML, and checks it before it is saved.
+    """
     from prefmw.preferences import UNCHANGED
 
-    if persona is None and method is None and strength is None and not clear_strengths:
-        raise UsageError("nothing to change; give --persona, --method, --strength or --clear-strengths")
     with opened_store(database) as store:
         before = store.profile(user_id)
-        chosen, changes = _dial(before.method, method, strength)
-        forgotten = dict.fromkeys(before.strengths) if clear_strengths else {}
-        profile = store.edit_user(
-            user_id,
-            persona=UNCHANGED if persona is None else persona,
-            method=UNCHANGED if method is None else chosen,
-            strengths={**forgotten, **changes},
-            actor=actor(),
-            reason=reason,
-        )
+        if persona is None and method is None and strength is None and not clear_strengths:
+            profile = editing.edit_profile(store, before, reason)
+        else:
+            chosen, changes = _dial(before.method, method, strength)
+            forgotten = dict.fromkeys(before.strengths) if clear_strengths else {}
+            profile = store.edit_user(
+                user_id,
+                persona=UNCHANGED if persona is None else persona,
+                method=UNCHANGED if method is None else chosen,
+                strengths={**forgotten, **changes},
+                actor=actor(),
+                reason=reason,
+            )
     if not json:
         say(f"{'changed' if profile.revision > before.revision else 'unchanged:'} {user_id}")
+    show_profile(profile, json)
+
+
+@app.command()
+def rename(
+    user_id: UserArgument,
+    new_id: Annotated[str, typer.Argument(metavar="NEW", help="The id they have from now on.")],
+    reason: ReasonOption = "",
+    json: JsonOption = False,
+    database: DatabaseOption = None,
+) -> None:
+    """Give a user another id; preferences, history and conversations go along."""
+    with opened_store(database) as store:
+        profile = store.rename_user(user_id, new_id, actor=actor(), reason=reason)
+    if not json:
+        say(f"{user_id} is {new_id} now")
     show_profile(profile, json)
 
 

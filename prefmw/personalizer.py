@@ -133,12 +133,14 @@ class Personalizer:
         options: Options | None = None,
         *,
         conversation_id: str | None = None,
+        replaces: int | None = None,
         log: bool = True,
     ) -> ReplyStream:
         """Begin a reply to ``messages``, the whole conversation with a user's message last.
 
         Everything that can be refused is refused here, before the first token. ``conversation_id`` names the stored
-        conversation that the turn continues; without it a recorded turn begins a new one.
+        conversation that the turn continues; without it a recorded turn begins a new one. ``replaces`` names the
+        conversation's turn that this one stands in for.
 
         Raises:
             UsageError: an unknown user, an option out of range, a prompt beyond the model's context, and so on.
@@ -182,7 +184,7 @@ class Personalizer:
         )
 
         def record(reply: Reply, token_ids: Sequence[int]) -> Reply:
-            return self._record(reply, token_ids, messages, chat) if log else reply
+            return self._record(reply, token_ids, messages, chat, replaces) if log else reply
 
         return ReplyStream(engine.submit(request), Detokenizer(chat.tokenizer, options.stop), draft, record)
 
@@ -215,7 +217,14 @@ class Personalizer:
             seed=secrets.randbelow(2**32) if seed is None else seed,
         )
 
-    def _record(self, reply: Reply, token_ids: Sequence[int], messages: Sequence[Message], chat: ChatModel) -> Reply:
+    def _record(
+        self,
+        reply: Reply,
+        token_ids: Sequence[int],
+        messages: Sequence[Message],
+        chat: ChatModel,
+        replaces: int | None,
+    ) -> Reply:
         plan = reply.plan.as_json(chat)
         recorded = self._store.record(
             Turn(
@@ -236,6 +245,7 @@ class Personalizer:
                 seed=reply.plan.sampling.seed,
                 token_ids=tuple(token_ids),
                 input_tokens=reply.input_tokens,
+                replaces=replaces,
             )
         )
         return replace(reply, conversation_id=recorded.conversation_id, turn_id=recorded.turn_id)

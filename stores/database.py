@@ -150,6 +150,20 @@ class Database:
                 "process uses it; end that one and run 'prefmw db check'"
             )
 
+    def problems(self) -> list[str]:
+        """What SQLite finds wrong with its file and with how it is written; PostgreSQL looks after itself."""
+        if not self.is_sqlite:
+            return []
+        with self.reading() as connection:
+            found = [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check") if row[0] != "ok"]
+            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+            found += [f"a row of {row[0]} belongs to nobody" for row in broken]
+            for setting, expected in (("journal_mode", "wal"), ("synchronous", 2), ("secure_delete", 1)):
+                value = connection.exec_driver_sql(f"PRAGMA {setting}").scalar()
+                if value != expected:
+                    found.append(f"{setting} is {value}, not {expected}")
+        return [f"{self.name}: {problem}" for problem in found]
+
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()

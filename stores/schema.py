@@ -144,6 +144,7 @@ turns = Table(
     Column("input_tokens", Integer, nullable=False),
     Column("output_tokens", Integer, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
+    Column("replaces", BigInteger),  # the turn in whose place this one stands
     Index(None, "user_id"),
 )
 

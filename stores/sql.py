@@ -6,7 +6,7 @@ Every write to a profile runs in one transaction that holds the user's row, so w
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from math import isfinite
@@ -79,6 +79,11 @@ class SQLPreferenceStore:
             self._database.close()
             raise
 
+    @property
+    def name(self) -> str:
+        """The database's URL, without its password."""
+        return self._database.name
+
     def close(self) -> None:
         """Let go of every connection."""
         self._database.close()
@@ -150,11 +155,13 @@ class SQLPreferenceStore:
         persona: str | Unchanged = UNCHANGED,
         method: str | Unchanged | None = UNCHANGED,
         strengths: Mapping[str, float | None] | None = None,
+        weights: Mapping[str, Stated | None] | None = None,
+        source: Source = Source.user,
         actor: str,
         reason: str = "",
         expected_revision: int | None = None,
     ) -> Profile:
-        """Change what is given and nothing else."""
+        """Change what is given and nothing else, as one revision."""
         with self._database.writing() as connection:
             before = self._lock(connection, user_id, expected_revision)
             after = replace(
@@ -163,6 +170,7 @@ class SQLPreferenceStore:
                 method=before.method if method is UNCHANGED else _checked_method(method),
                 strengths=merged(dict(before.strengths), dict(strengths or {})),
             )
+            after = _with_layers(after, weights or {}, source)
             return self._write(connection, before, after, actor, reason)
 
     def write_weights(
@@ -176,9 +184,9 @@ class SQLPreferenceStore:
         expected_revision: int | None = None,
     ) -> Profile:
         """Write one source's layer of each named dimension; ``None`` removes it, uncovering what lies beneath."""
-        with self._database.writing() as connection:
-            before = self._lock(connection, user_id, expected_revision)
-            return self._write(connection, before, _with_layers(before, weights, source), actor, reason)
+        return self.edit_user(
+            user_id, weights=weights, source=source, actor=actor, reason=reason, expected_revision=expected_revision
+        )
 
     def write_inferred(
         self,
@@ -261,16 +269,18 @@ class SQLPreferenceStore:
         return Recorded(turn_id, conversation_id)
 
     def conversation(self, user_id: str, conversation_id: str | Literal["latest"]) -> Conversation:
-        """A conversation with its messages; a turn that was left without a reply is passed over."""
+        """A conversation with its messages; a turn that was left without a reply or was replaced is passed over."""
         with self._database.reading() as connection:
             self._read(connection, user_id)
             row = self._conversation(connection, user_id, conversation_id)
             system = ""
             messages: list[Message] = []
-            for turn in map(turn_of, self._turns(connection, user_id, row.id)):
+            said = [turn_of(turn) for turn in self._turns(connection, user_id, row.id)]
+            replaced = {turn.replaces for turn in said}
+            for turn in said:
                 system = turn.system
                 messages += turn.history
-                if turn.text:
+                if turn.text and turn.id not in replaced:
                     messages += [Message("user", turn.prompt), Message("assistant", turn.text)]
             return Conversation(row.id, system, tuple(messages))
 
@@ -361,6 +371,24 @@ class SQLPreferenceStore:
         """Store people as :meth:`export` gives them, or as few fields of that as ``user`` alone; all or nobody."""
         with self._database.writing() as connection:
             return load_people(connection, people, existing, actor)
+
+    def check(self, advance: Callable[[int], None]) -> list[str]:
+        """What is wrong with the database, a line each: a damaged file, settings that lose writes, a profile that is
+        not what its latest revision says. ``advance`` is told of every profile that was looked at.
+        """
+        problems = self._database.problems()
+        query = select(revisions.c.snapshot).order_by(revisions.c.number.desc()).limit(1)
+        with self._database.reading() as connection:
+            for profile in self.users():
+                latest = connection.execute(query.where(revisions.c.user_id == profile.user_id)).scalar()
+                kept = ("persona", "method")  # as every revision since the first schema holds them
+                if latest is None or any(latest.get(name) != flat(profile)[name] for name in kept):
+                    problems.append(f"user '{profile.user_id}': the profile is not what its latest revision says")
+                elif _weights(latest) != _weights(flat(profile)):
+                    problems.append(f"user '{profile.user_id}': the weights are not what its latest revision says")
+                advance(1)
+        self._database.empty_log()
+        return problems
 
     # Rows
 
@@ -489,6 +517,10 @@ def _with_layers(profile: Profile, changes: Mapping[str, Stated | None], source:
         new = Weight(check_key(dimension), source, value, confidence, now, evidence)
         layers[dimension, source] = old if old and replace(old, updated_at=now) == new else new
     return replace(profile, layers=ordered(layers.values()))
+
+
+def _weights(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name.startswith("weight.")}
 
 
 def _checked_method(method: str | None) -> str | None:

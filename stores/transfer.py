@@ -98,6 +98,7 @@ class TurnRecord(_Strict):
     token_ids: list[int]
     input_tokens: int
     output_tokens: int
+    replaces: int | None = None
     created_at: AwareDatetime
 
 
@@ -289,6 +290,7 @@ def _insert(connection: Connection, people: list[tuple[Person, Profile]], actor:
         for talk in person.conversations:
             for turn in talk.turns:
                 exchange = turn.model_dump(exclude={"id"}) | {"user_id": profile.user_id, "conversation_id": talk.id}
+                exchange["replaces"] = new_ids.get(turn.replaces) if turn.replaces is not None else None
                 statement = insert(turns).values(exchange).returning(turns.c.id)
                 new_ids[turn.id] = connection.execute(statement).scalar_one()
         opinions = [one.model_dump() | {"user_id": profile.user_id} for one in person.feedback]

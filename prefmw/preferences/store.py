@@ -30,7 +30,8 @@ class Turn:
     """One exchange, as it is recorded: what was asked, what was answered, and all that is needed to decode it again.
 
     ``history`` holds messages that came before the prompt and are no turns of its conversation, as where an application
-    keeps conversations itself.
+    keeps conversations itself. ``replaces`` is the turn in whose place this one stands: a reply asked for again, or
+    edited by its reader.
     """
 
     user_id: str
@@ -50,6 +51,7 @@ class Turn:
     seed: int
     token_ids: tuple[int, ...]
     input_tokens: int
+    replaces: int | None
 
     @property
     def output_tokens(self) -> int:
@@ -152,13 +154,18 @@ class PreferenceStore(Protocol):
         persona: str | Unchanged = UNCHANGED,
         method: str | Unchanged | None = UNCHANGED,
         strengths: Mapping[str, float | None] | None = None,
+        weights: Mapping[str, Stated | None] | None = None,
+        source: Source = Source.user,
         actor: str,
         reason: str = "",
         expected_revision: int | None = None,
     ) -> Profile:
-        """Change what is given and nothing else. Raises ConflictError if the revision is not the expected one.
+        """Change what is given and nothing else, as one revision. Raises ConflictError if the profile is at another
+        revision than the expected one.
 
-        ``strengths`` are set for the methods they name, ``None`` forgetting one; other methods keep theirs.
+        ``strengths`` are set for the methods they name, ``weights`` as that source's layer of the dimensions they name;
+        ``None`` forgets a strength or removes a layer, uncovering what lies beneath. Weights lie in [-1, 1]; whether a
+        dimension takes them is the caller's to check against its registry.
         """
         ...
 
@@ -172,10 +179,7 @@ class PreferenceStore(Protocol):
         reason: str = "",
         expected_revision: int | None = None,
     ) -> Profile:
-        """Write one source's layer of each named dimension; ``None`` removes it, uncovering what lies beneath.
-
-        Values lie in [-1, 1]; whether a dimension takes them is the caller's to check against its registry.
-        """
+        """:meth:`edit_user` for one source's weights alone."""
         ...
 
     def write_inferred(

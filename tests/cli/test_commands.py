@@ -133,10 +133,10 @@ def test_a_database_by_flag_is_another_database(ok, prefmw, tmp_path):
 
 
 def test_the_schema_is_upgraded_and_told(ok, home):
-    assert ok("db", "current") == {"database": f"sqlite:///{home}/prefmw.db", "schema": None, "expected": "0001"}
+    assert ok("db", "current") == {"database": f"sqlite:///{home}/prefmw.db", "schema": None, "expected": "0002"}
     assert ok("db", "upgrade")["before"] is None
-    assert ok("db", "upgrade")["before"] == "0001"
-    assert ok("db", "current")["schema"] == "0001"
+    assert ok("db", "upgrade")["before"] == "0002"
+    assert ok("db", "current")["schema"] == "0002"
 
 
 def test_models_at_hand_are_listed(ok, monkeypatch, toy, tmp_path):

@@ -188,7 +188,7 @@ def leave(child: pexpect.spawn) -> int:
 
 def test_a_conversation_on_a_terminal(terminal, home):
     child = terminal()
-    child.expect("method linear 2; /help")
+    child.expect("method linear, ratio 2; /help")
     child.expect("alice> ")
     child.sendline("Hello.")
     child.expect("alice> ")
@@ -211,6 +211,89 @@ def test_a_conversation_on_a_terminal(terminal, home):
     assert [turn[0] for turn in turns(home)] == ["Hello.", "And then?", "Again."]
     with sqlite3.connect(home / "prefmw.db") as database:
         assert database.execute("SELECT count(*) FROM conversations").fetchone() == (2,)
+
+
+def test_preferences_and_method_are_changed_in_a_conversation(terminal, home):
+    child = terminal()
+    child.expect("alice> ")
+    child.sendline("/set humour=1")
+    child.expect("did you mean 'humor'")
+    child.sendline("/set humor=2")
+    child.expect(r"lies in \[-1, 1\]")
+    child.sendline("/set humor=1 verbosity=-0.5")
+    child.expect(r"humor \+1.00, humorous \(user\)")
+    child.expect(r"verbosity -0.50, concise \(user\)")
+    child.sendline("/set humor=none")
+    child.expect("humor is not set")
+    child.sendline("/method linear 99")
+    child.expect(r"lies in \[0, 10\]")
+    child.sendline("/method prompt")
+    child.expect("method prompt; to keep one for good")
+    child.sendline("Hello.")
+    child.expect("alice> ")
+    child.sendline("/bye")
+    assert leave(child) == 0
+    with sqlite3.connect(home / "prefmw.db") as database:
+        assert database.execute("SELECT method FROM turns").fetchall() == [("prompt",)]
+
+
+def test_a_reply_is_asked_for_again_and_edited(terminal, environment, home, tmp_path):
+    environment["EDITOR"] = f"{sys.executable} -c \"import sys; open(sys.argv[1], 'w').write('mine')\""
+    environment.pop("VISUAL", None)
+    child = terminal()
+    child.expect("alice> ")
+    child.sendline("/retry")
+    child.expect("nothing was answered yet")
+    child.sendline("Hello.")
+    child.expect("alice> ")
+    child.sendline("/retry")
+    child.expect("alice> ")
+    child.sendline("/edit")
+    child.expect("reads as you wrote it")
+    child.sendline("/multi")
+    child.expect(r"\.\.\. ")
+    child.sendline("two")
+    child.sendline("lines")
+    child.sendline("/end")
+    child.expect("alice> ")
+    child.sendline(f"/save {tmp_path}/talk.md")
+    child.expect("4 messages in")
+    child.sendline(f"/save {tmp_path}/talk.md")
+    child.expect("is there already")
+    child.sendline("/bye")
+    assert leave(child) == 0
+    assert "**alice**\n\nHello.\n\n" in (tmp_path / "talk.md").read_text()
+    with sqlite3.connect(home / "prefmw.db") as database:
+        rows = database.execute("SELECT id, prompt, text, replaces FROM turns ORDER BY id").fetchall()
+        assert database.execute("SELECT kind, chosen, rejected FROM feedback").fetchall() == [
+            ("edit", "mine", rows[1][2])
+        ]
+    assert [(row[1], row[3]) for row in rows] == [
+        ("Hello.", None),
+        ("Hello.", rows[0][0]),
+        ("Hello.", rows[1][0]),
+        ("two\nlines", None),
+    ]
+    assert rows[2][2] == "mine"
+
+
+def test_a_retry_in_a_conversation_taken_up_again_replaces_its_last_turn(terminal, home):
+    child = terminal()
+    child.expect("alice> ")
+    child.sendline("Hello.")
+    child.expect("alice> ")
+    child.sendline("/bye")
+    assert leave(child) == 0
+    child = terminal("-c")
+    child.expect("2 messages so far")
+    child.sendline("/retry")
+    child.expect("alice> ")
+    child.expect("alice> ")
+    child.sendline("/bye")
+    assert leave(child) == 0
+    with sqlite3.connect(home / "prefmw.db") as database:
+        (first, none), (_, replaced) = database.execute("SELECT id, replaces FROM turns ORDER BY id").fetchall()
+    assert (none, replaced) == (None, first)
 
 
 def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves(terminal, home):

@@ -32,6 +32,7 @@ def turn(user_id: str = "alice", conversation_id: str | None = None, **changes) 
         "seed": 2**63 - 1,
         "token_ids": (1, 2, 3),
         "input_tokens": 12,
+        "replaces": None,
     }
     return Turn(**{**values, **changes})
 
@@ -505,6 +506,16 @@ class StoreConformance:
         recorded = store.record(turn(text="", token_ids=(), finish_reason="interrupted"))
         assert store.conversation("alice", recorded.conversation_id).messages == ()
         assert len(store.turns("alice", recorded.conversation_id)) == 1
+
+    def test_a_turn_that_was_replaced_is_kept_and_passed_over(self, store):
+        store.add_user("alice", actor="test")
+        first = store.record(turn(text="one."))
+        again = store.record(turn(text="two.", conversation_id=first.conversation_id, replaces=first.turn_id))
+        said = store.conversation("alice", first.conversation_id).messages
+        assert [message.content for message in said][1:] == ["two."]
+        assert store.turns("alice", first.conversation_id)[1].replaces == first.turn_id
+        store.record(turn(text="three.", conversation_id=first.conversation_id, replaces=again.turn_id))
+        assert [m.content for m in store.conversation("alice", first.conversation_id).messages][1:] == ["three."]
 
     def test_the_latest_conversation_is_the_one_last_spoken_in(self, store):
         store.add_user("alice", actor="test")

@@ -1,4 +1,4 @@
-"""What weights rest on, what was inferred from, feedback and vectors.
+"""What weights rest on, what was inferred from, turns that replace others, feedback and vectors.
 
 Revision ID: 0002
 """
@@ -11,9 +11,10 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Add columns to users and weights, and two tables."""
+    """Add columns to users, weights and turns, and two tables."""
     op.add_column("users", sa.Column("inferred_from", sa.String(64)))
     op.add_column("weights", sa.Column("evidence", sa.JSON))
+    op.add_column("turns", sa.Column("replaces", sa.BigInteger))
     op.create_table(
         "feedback",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), nullable=False, autoincrement=True),
@@ -54,6 +55,6 @@ def downgrade() -> None:
     """Drop what was added."""
     op.drop_table("vectors")
     op.drop_table("feedback")
-    for table, column in (("weights", "evidence"), ("users", "inferred_from")):
+    for table, column in (("turns", "replaces"), ("weights", "evidence"), ("users", "inferred_from")):
         with op.batch_alter_table(table) as batch:
             batch.drop_column(column)

@@ -1,0 +1,81 @@
+"""Learning from choices: what the model of choices must do, and how well it finds simulated people."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.optimize import minimize
+
+from prefmw.errors import UsageError
+from prefmw.preferences.learning import bradley_terry
+
+
+def test_one_choice_between_replies_that_differ_in_one_thing():
+    """By hand: w = sigmoid(-w) at penalty 1 and a difference of 1, hence w = 0.4011."""
+    learned = bradley_terry([[1.0, 0.0]])
+    np.testing.assert_allclose(learned.weights, [0.40106, 0.0], atol=1e-5)
+    assert learned.confidence[1] == 0.5
+
+
+def test_no_choice_is_no_preference():
+    learned = bradley_terry(np.zeros((0, 3)))
+    assert learned.weights.tolist() == [0, 0, 0]
+    assert learned.low.tolist() == [-1, -1, -1]
+    assert learned.high.tolist() == [1, 1, 1]
+
+
+@given(arrays(np.float64, (7, 3), elements=st.floats(-5, 5)), st.floats(0.05, 5))
+def test_it_is_the_minimum_that_a_slow_search_finds(x, penalty):
+    def objective(w):
+        return np.logaddexp(0, -x @ w).sum() + penalty / 2 * w @ w
+
+    learned = bradley_terry(x, penalty=penalty)
+    slow = minimize(objective, np.zeros(3), method="BFGS", options={"gtol": 1e-9}).x
+    np.testing.assert_allclose(learned.weights, slow / max(1, np.abs(slow).max()), atol=1e-4)
+
+
+@given(arrays(np.float64, (5, 4), elements=st.floats(-100, 100)))
+def test_opposite_choices_give_opposite_weights_within_their_intervals(x):
+    learned, opposite = bradley_terry(x), bradley_terry(-x)
+    np.testing.assert_allclose(learned.weights, -opposite.weights, atol=1e-8)
+    assert (np.abs(learned.weights) <= 1).all()
+    assert (learned.low <= learned.weights).all()
+    assert (learned.weights <= learned.high).all()
+
+
+def test_more_choices_narrow_the_interval():
+    few, many = (bradley_terry(np.tile([[1.0, -0.5]], (n, 1))) for n in (2, 50))
+    assert (many.high - many.low < few.high - few.low).all()
+
+
+@pytest.mark.parametrize("x", [[1.0, 2.0], [[float("nan"), 1.0]], [[float("inf"), 1.0]]])
+def test_what_is_no_comparison_is_refused(x):
+    with pytest.raises(UsageError, match=r"\(N, K\)"):
+        bradley_terry(x)
+
+
+def test_a_penalty_of_nothing_is_refused():
+    with pytest.raises(UsageError, match="above 0"):
+        bradley_terry([[1.0]], penalty=0)
+
+
+@pytest.mark.parametrize(("wrong", "least"), [(0.0, 0.85), (0.2, 0.58)])
+def test_fifteen_choices_find_a_person(wrong, least):
+    """300 people with weights uniform on the sphere of six dimensions, replies' differences standard normal.
+
+    The seed is fixed; over 1,000 other people the means were 0.887 and 0.599, with standard errors of 0.006 and 0.015
+    in 300, so another seed fails about one time in ten for wrong answers, and never without them.
+    """
+    rng = np.random.default_rng(20)
+    cosines = []
+    for _ in range(300):
+        hidden = rng.normal(size=6)
+        hidden /= np.linalg.norm(hidden)
+        x = rng.normal(size=(15, 6))
+        chosen = np.sign(x @ hidden) * np.where(rng.random(15) < wrong, -1, 1)
+        found = bradley_terry(x * chosen[:, None]).weights
+        cosines.append(found @ hidden / np.linalg.norm(found))
+    assert np.mean(cosines) >= least
