@@ -1,4 +1,4 @@
-"""`prefmw bench`: what steering costs."""
+"""`prefmw bench`: what steering costs, and what remembering costs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from prefmw.cli.options import JsonOption
-from prefmw.cli.output import print_json, print_table
+from prefmw.cli.output import print_json, print_table, progress
 from prefmw.errors import UsageError
 
-app = typer.Typer(help="What steering costs, measured.", no_args_is_help=True)
+app = typer.Typer(help="What steering and remembering cost, measured.", no_args_is_help=True)
 
 
 @app.command()
@@ -96,6 +96,40 @@ def decode(
         "ttft",
     ]
     print_table(columns, [_cells(row) for row in rows])
+
+
+@app.command()
+def store(
+    database: Annotated[
+        str, typer.Option("-d", "--database", metavar="URL", help="A database of its own for this; it must be empty.")
+    ],
+    people: Annotated[int, typer.Option("--people", min=1, help="People stored before anything is timed.")] = 100_000,
+    samples: Annotated[int, typer.Option("--samples", min=100, help="Reads, and writes, that are timed.")] = 5000,
+    seed: Annotated[int, typer.Option("--seed", help="Of the people and of who is read.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Time reading a profile and writing a weight among many people, and fifty writers of one person."""
+    from prefmw.settings import load_settings
+    from prefmw.stores import SQLPreferenceStore
+    from prefmw.stores.speed import store_rows
+
+    opened = SQLPreferenceStore(load_settings({"database": database}).database_url)
+    try:
+        with progress("people") as advance:
+            rows = store_rows(opened, people, samples, seed, advance)
+    finally:
+        opened.close()
+    settings = {"database": opened.name, "people": people, "seed": seed, "sqlalchemy": version("sqlalchemy")}
+    if json:
+        print_json({"rows": rows, "settings": settings})
+        return
+    for row in rows:
+        figures = ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row.items()
+            if name != "what" and value is not None
+        )
+        print(f"{row['what']:<26} {figures}")
 
 
 def _load(name: str, dtype: str, device: str) -> Any:

@@ -128,6 +128,33 @@ def show_agreement(
     print(f"{len(replies)} replies; {sum(sensible) / len(sensible):.0%} of the verdicts: a sensible reply")
 
 
+@app.command()
+def choices(
+    people: Annotated[int, typer.Option("--people", min=1, help="Simulated people.")] = 300,
+    count: Annotated[int, typer.Option("--choices", min=1, help="Choices that each of them makes.")] = 15,
+    wrong: Annotated[
+        list[float] | None, typer.Option("--wrong", help="Share of wrong choices; may be given several times.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of people and replies.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Compare what is learned from simulated people's choices with the truth, beside the best that is possible."""
+    from prefmw.evaluation.choosers import chooser_rows
+
+    shares = wrong or [0.0, 0.2]
+    if any(not 0 <= share < 0.5 for share in shares):
+        raise UsageError("a share of wrong choices lies in [0, 0.5)")
+    rows = [row for share in shares for row in chooser_rows(people, count, share, seed)]
+    if json:
+        print_json({"rows": rows, "settings": {"seed": seed, "versions": _versions()}})
+        return
+    cells = [
+        [row["learner"], f"{row['wrong']:g}", _number(row["cosine"], 3), "{:.3f}-{:.3f}".format(*row["ci95"])]
+        for row in rows
+    ]
+    print_table(["learner", "wrong", "cosine", "95%"], cells)
+
+
 def _names(methods: str) -> list[str]:
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if not names:
