@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Database:
         self.url: URL = _parse(url)
         self.name = self.url.render_as_string(hide_password=True)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self._writer = threading.Lock()
         with translated(self.name):
             try:
                 self._engine: Engine = create_engine(self.url, pool_pre_ping=not self.is_sqlite)
@@ -72,9 +74,11 @@ class Database:
     def writing(self) -> Iterator[Connection]:
         """A transaction that writes: durable when the block ends, undone if it raises.
 
-        SQLite takes its write lock at once, so that two writers wait for each other instead of failing halfway.
+        SQLite takes its write lock at once, so that two writers wait for each other instead of failing halfway. Threads
+        of one process queue for it here, since SQLite lets some of many wait until their time is up.
         """
-        with translated(self.name), self._engine.connect() as connection:
+        queue = self._writer if self.is_sqlite else nullcontext()
+        with queue, translated(self.name), self._engine.connect() as connection:
             connection = connection.execution_options(prefmw_writes=True)
             with connection.begin():
                 yield connection

@@ -1,8 +1,9 @@
 """How soon choices tell what a person likes: simulated people choose between random replies.
 
 Their weights are known, uniform on the sphere of six dimensions; replies' scores differ by standard normals. A person
-takes the better reply, but with probability ``wrong`` the other. What is learned is judged by its cosine to the truth, beside
-a Bayes reference that knows how people and replies are drawn and how often a choice is wrong: nothing does better.
+takes the better reply, but with probability ``wrong`` the other. What is learned is judged by its cosine to the truth,
+beside a Bayes reference that knows how people and replies are drawn and how often a choice is wrong: nothing does
+better.
 """
 
 from __future__ import annotations

@@ -37,6 +37,15 @@ _TURNS_ROUND = re.compile(
 )
 """Words without which a request may ask for the opposite."""
 
+_FUNCTION_WORDS = frozenset(
+    "a about all am an and any are as at be been before but by can could did do does doing for from get go got "
+    "had has have help how i i'd i'm i've if in into is it it's its just keep know like make may me more most "
+    "much my need not of on one or our out over should so some than that the their them then there these they "
+    "things this to too up use want was way ways we what what's when where which while who why will with without "
+    "would you your".split()
+)
+"""Words that a search would do without."""
+
 _LEVELS = {-1: "simple", 0: "plain", 1: "expert"}
 _FRAMES = {-1: "casual", 0: "neutral", 1: "formal"}
 
@@ -96,12 +105,13 @@ class Composer:
 
     def chats(self, count: int, *, short: bool = False) -> Iterator[Chat]:
         """That many chats: most about the topics, many about the style asked for, the rest small talk and questions
-        beyond the topics. ``short`` ones have one turn and an answer of one or two points: more questions and more
-        wordings in as many tokens, to begin with.
+        beyond the topics. ``short`` ones have one turn and an answer of one or two points, or name a question's topic
+        alone: more questions and more wordings in as many tokens, to begin with.
         """
+        kinds = (self.chat, self.style_chat, self.small_chat, self.topic_chat)
+        shares = (0.38, 0.22, 0.1, 0.3) if short else (0.55, 0.27, 0.13, 0.05)
         for _ in range(count):
-            kind = self.random.choices((self.chat, self.style_chat, self.small_chat), (0.57, 0.29, 0.14))[0]
-            yield kind(short=short)
+            yield self.random.choices(kinds, shares)[0](short=short)
 
     def chat(self, *, short: bool = False) -> Chat:
         """One chat about one or more topics, of one to three turns, now and then many."""
@@ -177,6 +187,17 @@ class Composer:
             messages += [Message("user", question), Message("assistant", answer.text)]
             answers.append(answer)
         return Chat(tuple(messages), tuple(answers))
+
+    def topic_chat(self, *, short: bool = False) -> Chat:
+        """Asked what a question is about, the model names the topic, or says that it is none of its own."""
+        rng, forms = self.random, self._talk.small["topic"]
+        if rng.random() < 0.2:
+            question, text = self.unknown()[0], self._one(forms["unknown"])
+        else:
+            topic = rng.choice(self.topics)
+            question, text = self._typed(self.question(topic)), self._one(forms["answers"]).format(title=topic.title)
+        asked = self._one(forms["asking"]).format(question=question)
+        return Chat((Message("user", asked), Message("assistant", text)), (Answer(text, None, {}, {}),))
 
     def described_style(self, style: Style, about: str = "own") -> str:
         """What the model says of its ``own`` answers, or of what its reader ``likes``."""
@@ -280,9 +301,9 @@ class Composer:
         used: set[str] = set()
         sentences: list[str] = []
         drawn: list[dict[str, int]] = []
-        while left:
-            index = rng.choices(left, [0.75**rank for rank in range(len(left))])[0]
-            left.remove(index)
+        while left:  # facts go on in their order, so that what comes next is easy to learn and nothing comes twice
+            index = rng.choices(left, [0.5**rank for rank in range(len(left))])[0]
+            left = [later for later in left if later > index]
             told.add(index)
             values = {axis: self._value(asked.get(axis, 0)) for axis in AXES}
             drawn.append(values)
@@ -374,20 +395,32 @@ class Composer:
         first, second = self.random.sample(self.topics, 2)
         return answer.format(known=f"{first.title} and {second.title}")
 
-    def _worn(self, text: str) -> str:
-        """In training, every other time, with about one word in five lost: so that a meaning is learned from all the
-        words that carry it, not from a sentence known by heart. Words that turn a meaning round are never lost.
+    def _worn(self, text: str, most: float = 0.3) -> str:
+        """In training, most times, with some of its words lost, up to that share: so that a meaning is learned from all
+        the words that carry it, not from a sentence known by heart. Words that turn a meaning round are never lost.
         """
-        if self.split != "train" or self.random.random() > 0.5:
+        if self.split != "train":
             return text
+        lost = most * self._one((0.0, 0.0, 0.5, 1.0))
         first, *rest = text.split(" ")
-        kept = [word for word in rest if _TURNS_ROUND.search(word) or self.random.random() > 0.2]
+        kept = [word for word in rest if _TURNS_ROUND.search(word) or self.random.random() > lost]
         return " ".join([first, *kept])
+
+    def _keywords(self, text: str) -> str:
+        """A question as people type it into a search box: what carries its meaning, often in another order."""
+        words = [word for word in re.findall(r"[\w'-]+", text.lower()) if word not in _FUNCTION_WORDS]
+        if len(words) < 2:
+            return text
+        if self.random.random() < 0.5:
+            self.random.shuffle(words)
+        return " ".join(words[:8])
 
     def _typed(self, text: str) -> str:
         """As people type: now and then with words around, in lower case, without the last mark, or with a slip."""
         rng, asking = self.random, self._talk.small["asking"]
-        text = self._worn(text)
+        text = self._worn(text, most=0.5)
+        if self.split == "train" and rng.random() < 0.15:
+            return self._keywords(text)
         if rng.random() < 0.15:
             before = self._one(asking["before"])
             text = before + (text if before.rstrip()[-1] in ".!" else text[0].lower() + text[1:])

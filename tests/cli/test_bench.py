@@ -69,3 +69,23 @@ main()
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert len(json.loads(result.stdout)["rows"]) == 6
+
+
+def test_the_store_is_timed_and_loses_nothing(prefmw, tmp_path):
+    code, out, err = prefmw(
+        "bench", "store", "-d", str(tmp_path / "b.db"), "--people", "200", "--samples", "500", "--json"
+    )
+    assert code == 0, err
+    load, read, write, crowd = json.loads(out)["rows"]
+    assert load["n"] == 200
+    assert 0 < read["p50_ms"] <= read["p99_ms"] <= read["max_ms"]
+    assert write["n"] == 500
+    assert (crowd["lost"], crowd["errors"]) == (0, 0), crowd
+
+
+def test_the_store_is_not_timed_among_real_people(prefmw):
+    prefmw("users", "add", "alice")
+    home = prefmw("db", "current", "--json")
+    database = json.loads(home[1])["database"]
+    code, _, err = prefmw("bench", "store", "-d", database, "--people", "10", "--samples", "100")
+    assert (code, "holds people" in err) == (2, True)
