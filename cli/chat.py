@@ -37,7 +37,7 @@ class Session:
     latest: Reply | None = None
     """The latest reply, whole or not."""
     turn_id: int | None = None
-    """The conversation's latest turn, where it was recorded."""
+    """The turn that the history's last reply was recorded as, where it was."""
 
     def ask(self, prompt: str, *, show: bool = True, replaces: int | None = None) -> Reply:
         """Answer one message, streaming it to stdout if it is to be shown, and remember the exchange."""
@@ -70,7 +70,8 @@ class Session:
             self.latest = reply = stream.reply
             if reply.text:
                 self.history += [asked, Message("assistant", reply.text)]
-            self.conversation_id, self.turn_id = reply.conversation_id, reply.turn_id
+                self.turn_id = reply.turn_id
+            self.conversation_id = reply.conversation_id
             if reply.not_recorded:
                 say(f"prefmw: this turn was not recorded: {reply.not_recorded}")
         for notice in reply.notices:
@@ -81,14 +82,16 @@ class Session:
         """Let the person's own wording stand in place of the last reply; what was recorded learns of it as feedback."""
         from prefmw.preferences import Feedback, Message, Turn
 
+        if self.log and self.conversation_id is not None and self.turn_id is not None:
+            turns = self.store.turns(self.user_id, self.conversation_id)
+            turn = next(turn for turn in turns if turn.id == self.turn_id)
+            values = {field.name: getattr(turn, field.name) for field in fields(Turn)}
+            changes = {"text": edited, "finish_reason": "edited", "token_ids": (), "history": (), "replaces": turn.id}
+            recorded = self.store.record(Turn(**values | changes))
+            feedback = Feedback(self.user_id, "edit", prompt, chosen=edited, rejected=text, turn_id=turn.id)
+            self.store.add_feedback(feedback)
+            self.turn_id = recorded.turn_id
         self.history[-1] = Message("assistant", edited)
-        if self.conversation_id is None or self.turn_id is None:
-            return
-        turn = self.store.turns(self.user_id, self.conversation_id)[-1]
-        values = {field.name: getattr(turn, field.name) for field in fields(Turn)}
-        changes = {"text": edited, "finish_reason": "edited", "token_ids": (), "history": (), "replaces": turn.id}
-        self.store.add_feedback(Feedback(self.user_id, "edit", prompt, chosen=edited, rejected=text, turn_id=turn.id))
-        self.turn_id = self.store.record(Turn(**values | changes)).turn_id
 
     @property
     def fate(self) -> str:
@@ -120,6 +123,9 @@ def chat(
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same reply.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all that was applied.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is whole.")] = False,
+    learn: Annotated[
+        bool | None, typer.Option("--learn/--no-learn", help="Take preferences you state in messages as yours.")
+    ] = None,
     no_log: Annotated[bool, typer.Option("-n", "--no-log", help="Record nothing.")] = False,
     database: DatabaseOption = None,
 ) -> None:
@@ -133,7 +139,8 @@ def chat(
 
     if continue_ and conversation:
         raise UsageError("-c continues the latest conversation, --conversation another; give one of them")
-    flags = {"user": user, "model": model, "database": database, "log": False if no_log else None}
+    flags = {"user": user, "model": model, "database": database, "learn": learn}
+    flags["log"] = False if no_log else None
     settings = load_settings(flags)
     find_embedded(settings.model)  # before anybody is asked anything
     if settings.user is None:
@@ -149,7 +156,7 @@ def chat(
         with loading(settings.model):
             from prefmw.personalizer import Options
 
-            options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed)
+            options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed, learn=settings.learn)
             personalizer = build_personalizer(settings, store)
             personalizer.plan(profile, options)  # a wrong flag is told before the weights load
             earlier = None
@@ -164,7 +171,7 @@ def chat(
             system=system if system is not None else (earlier.system if earlier else ""),
             history=list(earlier.messages) if earlier else [],
             conversation_id=earlier.id if earlier else None,
-            turn_id=store.turns(settings.user, earlier.id)[-1].id if earlier else None,
+            turn_id=earlier.last_turn if earlier else None,
             log=settings.log,
             streams=not no_stream,
         )

@@ -10,6 +10,7 @@ import typer
 
 from prefmw.cli.options import DatabaseOption, JsonOption
 from prefmw.cli.output import print_json, progress
+from prefmw.errors import UsageError
 
 if TYPE_CHECKING:
     from prefmw.stores.database import Database
@@ -51,6 +52,9 @@ def check(json: JsonOption = False, database: DatabaseOption = None) -> None:
     from prefmw.settings import load_settings
     from prefmw.stores import SQLPreferenceStore
 
+    with _opened(database) as db:
+        if db.version() is None:
+            raise UsageError(f"there is no prefmw database at '{db.name}'")
     store = SQLPreferenceStore(load_settings({"database": database}).database_url)
     try:
         with progress("people") as advance:

@@ -19,6 +19,7 @@ from prefmw.cli.output import say
 from prefmw.errors import UsageError
 from prefmw.preferences import (
     AUTO,
+    METHODS,
     STRENGTHS,
     Dimensions,
     PreferenceStore,
@@ -61,12 +62,13 @@ def profile_toml(profile: Profile, dimensions: Dimensions) -> str:
     lines = [
         f"# {profile.user_id}, revision {profile.revision}. Take the # from a line to set what it says.",
         "",
-        f"persona = {json.dumps(profile.persona, ensure_ascii=False)}",
+        f"persona = {_quoted(profile.persona)}",
         f'method = "{profile.method or AUTO}"',
         "",
         "[strengths]",
     ]
-    for name, dial in STRENGTHS.items():
+    for name in METHODS:
+        dial = STRENGTHS[name]
         if dial and name in profile.strengths:
             lines.append(f"{name} = {profile.strengths[name]!r}")
         elif dial:
@@ -77,9 +79,11 @@ def profile_toml(profile: Profile, dimensions: Dimensions) -> str:
         poles = "retired"
         if dimension:
             poles = f"{dimension.negative.name if dimension.negative else '0'} to {dimension.positive.name}"
-        beneath = profile.weights.get(key)
-        said = f", {beneath.source.name} {beneath.value:+g}" if beneath and beneath.source is not Source.user else ""
-        lines.append(f"{key} = {own[key]!r}  # {poles}{said}" if key in own else f"# {key} = 0.0  # {poles}{said}")
+        effective = profile.weights.get(key)
+        other = effective if effective and effective.source is not Source.user else None
+        said = f"{poles}, {other.source.name} {other.value:+g}" if other else poles
+        name = key if key.replace("_", "").isalnum() and key.isascii() else _quoted(key)
+        lines.append(f"{name} = {own[key]!r}  # {said}" if key in own else f"# {name} = 0.0  # {said}")
     return "\n".join(lines) + "\n"
 
 
@@ -89,6 +93,8 @@ def read_profile(text: str, profile: Profile, dimensions: Dimensions) -> dict[st
     Raises:
         UsageError: it is no TOML, or holds an unknown entry or a value out of range.
     """
+    if not text.strip():
+        raise UsageError("the text is empty; to change nothing, leave it as it was")
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -102,7 +108,7 @@ def read_profile(text: str, profile: Profile, dimensions: Dimensions) -> dict[st
     weights = _numbers(table, "weights")
     for name, strength in strengths.items():
         check_strength(check_method(name), strength)
-    own = {layer.dimension for layer in profile.layers if layer.source is Source.user}
+    own = {layer.dimension: layer.value for layer in profile.layers if layer.source is Source.user}
     for name, weight in weights.items():
         if name not in own or name in dimensions:  # a retired one may stay
             dimensions.named(name).check(weight)
@@ -110,8 +116,16 @@ def read_profile(text: str, profile: Profile, dimensions: Dimensions) -> dict[st
         "persona": check_persona(persona),
         "method": None if check_method(method) == AUTO else method,
         "strengths": {**dict.fromkeys(profile.strengths), **strengths},
-        "weights": {**dict.fromkeys(own), **{name: Stated(weight) for name, weight in weights.items()}},
+        "weights": {
+            **{name: None for name in own if name not in weights},
+            **{name: Stated(weight) for name, weight in weights.items() if own.get(name) != weight},
+        },
     }
+
+
+def _quoted(text: str) -> str:
+    """A TOML string; JSON's, which leaves but one of the characters alone that TOML does not take."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _numbers(table: dict[str, Any], name: str) -> dict[str, float]:
@@ -129,7 +143,11 @@ def edited(text: str, name: str) -> str:
     Raises:
         UsageError: the editor cannot be run, failed, or saved what is no text.
     """
-    command = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+    named = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
+    try:
+        command = shlex.split(named) or ["vi"]
+    except ValueError as error:
+        raise UsageError(f"EDITOR holds '{named[:40]}', which is no command: {error}") from error
     with tempfile.TemporaryDirectory(prefix="prefmw-") as folder:  # readable by its owner alone
         file = Path(folder) / name
         file.write_text(text, encoding="utf-8")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefmw.cli.options import JsonOption
-from prefmw.cli.output import loading, print_json, print_table
+from prefmw.cli.output import loading, print_json, print_table, printable, progress
 from prefmw.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from prefmw.evaluation.steer import Answered, Condition
 
-app = typer.Typer(help="Steering measured on held-out questions.", no_args_is_help=True)
+app = typer.Typer(help="Steering, inference and learning, measured.", no_args_is_help=True)
 
 
 @app.command()
@@ -126,6 +126,33 @@ def show_agreement(
     columns = ["axis", "spearman", "n", "same_pole", "false_pole", "readers"]
     print_table(columns, [["–" if row[column] is None else str(row[column]) for column in columns] for row in rows])
     print(f"{len(replies)} replies; {sum(sensible) / len(sensible):.0%} of the verdicts: a sensible reply")
+
+
+@app.command()
+def inference(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help='JSON lines: {"text", "expect": {DIM: -1 or 1}}.')],
+    misses: Annotated[bool, typer.Option("--misses", help="Show the texts that were not read right.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure inference of weights from words on labelled statements."""
+    from prefmw.bootstrap import load_inferer
+    from prefmw.evaluation.inference import read_labelled, score_inference
+    from prefmw.preferences import default_dimensions
+    from prefmw.settings import load_settings
+
+    statements = read_labelled(file, default_dimensions())
+    settings = load_settings()
+    with progress("texts") as advance:
+        result = score_inference(statements, load_inferer(settings), default_dimensions(), advance)
+    wrong = result.pop("misses")
+    if json:
+        about = {"embedder": settings.embedder, "versions": _versions()}
+        print_json({**result, **({"misses": wrong} if misses else {}), "settings": about})
+        return
+    for name, value in result.items():
+        print(f"{name:<17} {'–' if value is None else f'{value:.3f}' if isinstance(value, float) else value}")
+    for one in wrong if misses else []:
+        print(printable(f"{one['text']}  expected {one['expect']}, found {one['found']}"))
 
 
 @app.command()

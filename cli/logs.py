@@ -49,7 +49,7 @@ def show(
     for turn in turns:
         strength = f" {turn.strength:g}" if turn.strength is not None else ""
         how = f"{turn.method}{strength}, revision {turn.revision}, {turn.model}, seed {turn.seed}, {turn.finish_reason}"
-        print(f"turn {turn.id}  {turn.created_at:%Y-%m-%d %H:%M:%S} UTC  {how}")
+        print(printable(f"turn {turn.id}  {turn.created_at:%Y-%m-%d %H:%M:%S} UTC  {how}"))
         print(f"{printable(user_id)}> {printable(turn.prompt)}")
         print(f"{printable(turn.text)}\n")
 

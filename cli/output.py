@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from prefmw.preferences import STRENGTHS, Dimensions, Profile, default_dimensions, principle_text
+
+if TYPE_CHECKING:
+    from prefmw.preferences.inference import Inference
 
 
 def say(text: str) -> None:
@@ -60,6 +63,32 @@ def progress(unit: str) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(unit, total=None)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, float], None]]:
+    """What long work is at, and how far, on stderr and on a terminal only; call it with both."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)
+
+
+def print_inference(inference: Inference, dimensions: Dimensions) -> None:
+    """What a text states, for a person: weights as bars, the words that say so, and the anchors they resemble."""
+    for key, one in sorted(inference.weights.items(), key=lambda item: -abs(item[1].value)):
+        pole = dimensions[key].pole(one.value).name
+        print(f'{key:<13}{one.value:+.2f}  {bar(one.value)}  {pole:<11} "{printable(one.clause)}"')
+        for proof in one.because:
+            print(f"{'':<13}{proof.similarity:.2f}  {printable(proof.anchor)}")
+    for key, pair in inference.conflicts.items():
+        said = ", but ".join(f'"{printable(one.clause)}" says {dimensions[key].pole(one.value).name}' for one in pair)
+        print(f"{key:<13}       {said}: left unset")
+    if not inference.weights and not inference.conflicts:
+        say("no preference was found in this")
 
 
 def printable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ from prefmw.cli.options import (
     opened_store,
     parse_weight,
 )
-from prefmw.cli.output import print_json, print_table, say, shorten, show_profile
+from prefmw.cli.output import print_inference, print_json, print_table, say, shorten, show_profile, stages
 from prefmw.errors import UsageError
 from prefmw.preferences import Source, default_dimensions
 
@@ -77,6 +78,69 @@ def unset_weights(
         elif name not in before.weights:
             say(f"{name} was not set")
     show_profile(profile, json)
+
+
+@app.command()
+def infer(
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="What somebody says of themselves.")] = None,
+    user: Annotated[
+        str | None, typer.Option("-u", "--user", metavar="ID", help="Read this user's persona, and store the weights.")
+    ] = None,
+    json: JsonOption = False,
+    database: DatabaseOption = None,
+) -> None:
+    """Infer weights from words, and show the anchors they resemble. TEXT is only read; --user's weights are stored."""
+    from prefmw.bootstrap import load_inferer
+    from prefmw.personalizer import infer_persona
+    from prefmw.settings import load_settings
+
+    if (text is None) == (user is None):
+        raise UsageError("give either a TEXT or --user ID")
+    inferer = load_inferer(load_settings())
+    if text is not None:
+        found = inferer.infer(text)
+    else:
+        with opened_store(database) as store:
+            profile = store.profile(str(user))
+            found = inferer.infer(profile.persona)
+            profile = infer_persona(store, profile, inferer)
+    if json:
+        print_json(found.as_json())
+    else:
+        print_inference(found, default_dimensions())
+
+
+@app.command("fit-readout")
+def fit_readout(
+    out: Annotated[Path, typer.Option("--out", help="Where to write the read-out, a .safetensors file.")],
+    embedder: Annotated[
+        str | None, typer.Option("--embedder", help="A folder or hub id; by default the settings'.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same read-out.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Fit the read-out that turns similarities into weights, and print what cross-validation says of it."""
+    from prefmw.models.embedder import Embedder
+    from prefmw.preferences.anchors import default_anchors
+    from prefmw.settings import load_settings
+    from prefmw.training.readout import fit_readout as fit
+
+    if out.suffix != ".safetensors" or not out.parent.is_dir():
+        raise UsageError(f"'{out}' is no path for a read-out: a folder that exists, and an ending in .safetensors")
+    name = load_settings({"embedder": embedder}).embedder
+    with stages() as tell:
+        readout, measured = fit(Embedder(name), name, default_anchors(), default_dimensions(), seed=seed, progress=tell)
+    readout.save(out)
+    if json:
+        print_json({"readout": str(out), "embedder": name, **measured})
+    else:
+        print(
+            *(
+                f"{key:<17} {value:.3f}" if isinstance(value, float) else f"{key:<17} {value}"
+                for key, value in measured.items()
+            ),
+            sep="\n",
+        )
 
 
 @app.command()
@@ -143,7 +207,7 @@ def _change(name: str, before: Any, after: Any) -> str:
     kind, _, rest = name.partition(".")
     if kind == "weight":
         dimension, _, source = rest.rpartition(".")
-        old, new = (f"{value[0]:+.2f}" if value else "unset" for value in (before, after))
+        old, new = (f"{value[0]:+.2f}" if isinstance(value, list) else "unset" for value in (before, after))
         return f"{dimension} ({source}) {old} → {new}"
     old, new = (shorten(str(value), 40) if value not in (None, "") else "–" for value in (before, after))
     return f"{name} {old} → {new}"

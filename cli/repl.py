@@ -30,6 +30,7 @@ def converse(session: Session, chat: ChatModel) -> None:
         say(f"continuing conversation {session.conversation_id}, {len(session.history)} messages so far")
     while True:
         heed_interrupts()
+        session.latest = None
         try:
             line = input(f"{session.user_id}> ").strip()
         except EOFError:
@@ -37,6 +38,9 @@ def converse(session: Session, chat: ChatModel) -> None:
             return
         except KeyboardInterrupt:
             emit("\n")  # an unfinished line is dropped
+            continue
+        except UnicodeDecodeError:
+            say("that line is not valid UTF-8; set the terminal's encoding")
             continue
         if line.split()[:1] == ["/bye"]:
             return
@@ -119,7 +123,7 @@ def _edit(session: Session, _: str) -> None:
     """Edit the last reply in $EDITOR; your wording takes its place, and is kept as feedback"""
     prompt, text = _last(session)
     changed = edited(text, "reply.txt").strip()
-    if not changed or changed == text:
+    if not changed or changed == text.strip():
         say("nothing was changed")
         return
     session.replace_reply(prompt, text, changed)
@@ -132,7 +136,7 @@ def _multi(session: Session, _: str) -> None:
     try:
         while (line := input("... ")) != "/end":
             lines.append(line)
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
         emit("\n")
         say("nothing was sent")
         return
@@ -152,7 +156,10 @@ def _save(session: Session, rest: str) -> None:
     """Write the conversation to a file, as in /save talk.md (or .json)"""
     if not rest:
         raise UsageError("where to? as in /save talk.md")
-    file = Path(rest).expanduser()
+    try:
+        file = Path(rest).expanduser()
+    except RuntimeError as error:  # no such user
+        raise UsageError(f"the path '{rest[:80]}' cannot be read: {error}") from error
     if file.suffix == ".json":
         text = json.dumps([vars(message) for message in session.history], ensure_ascii=False, indent=2) + "\n"
     else:

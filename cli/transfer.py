@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json as json_
+import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import typer
 
 from prefmw.cli.options import DatabaseOption, UserArgument, actor, opened_store
-from prefmw.cli.output import print_json, progress, say
-from prefmw.errors import UsageError
+from prefmw.cli.output import progress, say
+from prefmw.errors import UnreadablePersonError, UsageError
 from prefmw.preferences import default_dimensions
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="A JSONL file; - is the terminal's stream.")]
@@ -22,7 +25,7 @@ FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="A JSONL file;
 def export(user_id: UserArgument, database: DatabaseOption = None) -> None:
     """Print everything held about a person, as JSON."""
     with opened_store(database) as store:
-        print_json(store.export(user_id))
+        print(json_.dumps(store.export(user_id), indent=2))  # in ASCII: no terminal's encoding loses a character
 
 
 def erase(
@@ -43,11 +46,11 @@ def erase(
 
 
 def dump(file: FileArgument = "-", database: DatabaseOption = None) -> None:
-    """Write all people, whole, as one JSON object a line."""
-    with opened_store(database) as store, _opened(file, "w") as out, progress("people") as advance:
+    """Write all people, whole, as one JSON object a line; a file takes its name once it is whole."""
+    with opened_store(database) as store, _written(file) as out, progress("people") as advance:
         count = 0
-        for profile in store.users():
-            out.write(json_.dumps(store.export(profile.user_id), ensure_ascii=False) + "\n")
+        for person in store.export_all():
+            out.write(json_.dumps(person) + "\n")
             advance(1)
             count += 1
     say(f"wrote {count} people")
@@ -68,25 +71,27 @@ def load(
 
     def people() -> Iterator[dict[str, Any]]:
         nonlocal line
-        for line, text in enumerate(lines, start=1):  # noqa: B007  (the number is told if the line is wrong)
+        for line, text in enumerate(lines, start=1):  # noqa: B007  (the number is told where a line is wrong)
             if text.strip():
                 yield _person(text)
             advance(1)
 
-    with opened_store(database) as store, _opened(file, "r") as lines, progress("lines") as advance:
+    with opened_store(database) as store, _read(file) as lines, progress("lines") as advance:
         try:
             count = store.load(people(), existing=existing, actor=actor())
-        except UnicodeDecodeError as error:
-            raise UsageError(f"'{file}' is not UTF-8 after line {line}; nobody was loaded") from error
+        except UnreadablePersonError as error:
+            raise UsageError(f"line {line}: {error.text}; nobody was loaded") from error
         except UsageError as error:
-            raise UsageError(f"line {line}: {error}; nobody was loaded") from error
+            raise UsageError(f"{error}; nobody was loaded") from error
     say(f"loaded {count} people")
 
 
-def _person(text: str) -> dict[str, Any]:
+def _person(text: bytes) -> dict[str, Any]:
     try:
-        person = json_.loads(text)
-    except ValueError as error:
+        person = json_.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise UsageError("no UTF-8") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"no JSON: {error}") from error
     if not isinstance(person, dict):
         raise UsageError(f"expected a JSON object, got {type(person).__name__}")
@@ -99,12 +104,35 @@ def _person(text: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(file: str, mode: Literal["r", "w"]) -> Iterator[IO[str]]:
+def _read(file: str) -> Iterator[Iterable[bytes]]:
+    """A file's lines, or stdin's."""
     if file == "-":
-        yield sys.stdin if mode == "r" else sys.stdout
+        yield sys.stdin.buffer
         return
     try:
-        with Path(file).open(mode, encoding="utf-8") as stream:
+        with Path(file).open("rb") as stream:
             yield stream
     except OSError as error:
-        raise UsageError(f"'{file}' cannot be {'read' if mode == 'r' else 'written'}: {error.strerror}") from error
+        raise UsageError(f"'{file}' cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _written(file: str) -> Iterator[IO[str]]:
+    """A file that is there when it is whole, readable by its owner alone; or stdout."""
+    if file == "-":
+        yield sys.stdout
+        return
+    path = Path(file)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as stream:
+            try:
+                yield stream
+                stream.flush()
+                os.replace(stream.name, path)
+            except BaseException:
+                os.unlink(stream.name)
+                raise
+    except OSError as error:
+        raise UsageError(f"'{file}' cannot be written: {error.strerror}") from error

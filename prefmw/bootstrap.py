@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmw.errors import ModelNotFoundError
+from prefmw.errors import ModelNotFoundError, UsageError
 from prefmw.preferences import PreferenceStore, default_dimensions
 from prefmw.settings import Settings
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from prefmw.decoding import Engine
     from prefmw.models import ChatModel
     from prefmw.personalizer import Backend, Personalizer
+    from prefmw.preferences.inference import Inferer
 
 EMBEDDED = ("tiny",)
 """Chat models that ship inside the package, under prefmw/assets."""
 
 _backends: dict[str, Backend] = {}
+_inferers: dict[str, Inferer] = {}
 _lock = threading.Lock()
 
 
@@ -51,7 +53,45 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
         max_tokens=settings.max_tokens,
         seed=settings.seed,
     )
-    return Personalizer(store, lambda: load_backend(settings), default_dimensions(), defaults)
+    return Personalizer(
+        store,
+        lambda: load_backend(settings),
+        default_dimensions(),
+        defaults,
+        inferer=(lambda: load_inferer(settings)) if settings.infer or settings.learn else None,
+        infers=settings.infer,
+        learns=settings.learn,
+    )
+
+
+def load_inferer(settings: Settings) -> Inferer:
+    """What reads preferences out of words, loaded once in a process; its embedder loads when it is first used.
+
+    Raises:
+        UsageError: the read-out is none, or was fitted to another embedder than the settings'.
+    """
+    from prefmw.models.embedder import Embedder
+    from prefmw.preferences.anchors import default_anchors
+    from prefmw.preferences.inference import Inferer
+    from prefmw.preferences.readout import load_readout
+
+    with _lock:
+        key = f"{settings.embedder}\n{settings.readout}"
+        if key not in _inferers:
+            if settings.readout is None:
+                raise UsageError(
+                    "reading preferences out of words needs a read-out, and none ships yet: make one with 'prefmw "
+                    "prefs fit-readout --out FILE' and name it by the setting 'readout' (PREFMW_READOUT)"
+                )
+            path = Path(settings.readout).expanduser()
+            readout = load_readout(path)
+            if readout.embedder != settings.embedder:
+                raise UsageError(
+                    f"the read-out '{path}' was fitted to {readout.embedder}, not to {settings.embedder}; fit one with "
+                    "'prefmw prefs fit-readout' and name it by the setting 'readout'"
+                )
+            _inferers[key] = Inferer(Embedder(settings.embedder), readout, default_anchors(), default_dimensions())
+        return _inferers[key]
 
 
 def embedded_path(name: str) -> Path:

@@ -7,6 +7,7 @@
     │   ├── SettingsError          a flag, environment variable or config file entry is wrong
     │   ├── UnknownUserError       no such user in the store
     │   ├── UserExistsError        the id is taken
+    │   ├── UnreadablePersonError  one of the people to be loaded cannot be read
     │   ├── UnknownConversationError
     │   ├── ModelNotFoundError     no model by that path or hub id
     │   ├── ChatTemplateError      the model has no chat template, or its template refuses these messages
@@ -47,6 +48,7 @@ __all__ = [
     "StoreLockedError",
     "UnknownConversationError",
     "UnknownUserError",
+    "UnreadablePersonError",
     "UsageError",
     "UserExistsError",
     "nearest",
@@ -75,6 +77,15 @@ class UnknownUserError(UsageError):
 
 class UserExistsError(UsageError):
     """A user by that id is already stored."""
+
+
+class UnreadablePersonError(UsageError):
+    """One of the people to be loaded cannot be read; ``number`` says which, from 1."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(f"person {number}: {text}")
+        self.number = number
+        self.text = text
 
 
 class UnknownConversationError(UsageError):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from prefmw.alignment import Combiner, combine_linear, combine_plain
 from prefmw.decoding import Engine, Request, Sampling, View
-from prefmw.errors import ContextLengthError, UsageError
+from prefmw.errors import ConflictError, ContextLengthError, MissingExtraError, UsageError
 from prefmw.models import ChatModel, Detokenizer
 from prefmw.preferences import (
     AUTO,
@@ -24,12 +24,16 @@ from prefmw.preferences import (
     Message,
     PreferenceStore,
     Profile,
+    Source,
+    Stated,
     Turn,
     check_method,
     check_strength,
     check_text,
     principle_text,
 )
+from prefmw.preferences.inference import STRICT, Inferer
+from prefmw.preferences.profile import MAX_PERSONA
 from prefmw.reply import Plan, Reply, ReplyStream, Timing
 
 
@@ -52,6 +56,7 @@ class Options:
     max_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    learn: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,29 @@ class Personalizer:
         backend: loads the chat model when it is first needed, and returns the same one afterwards.
         dimensions: the registry that weights are read with.
         defaults: what applies where neither call nor user says otherwise.
+        inferer: loads what reads preferences out of words, when it is first needed.
+        infers: infer weights from a persona that none were inferred from yet.
+        learns: take a preference that a user states in a message as theirs, unless the call says otherwise.
     """
 
     def __init__(
-        self, store: PreferenceStore, backend: Callable[[], Backend], dimensions: Dimensions, defaults: Defaults
+        self,
+        store: PreferenceStore,
+        backend: Callable[[], Backend],
+        dimensions: Dimensions,
+        defaults: Defaults,
+        *,
+        inferer: Callable[[], Inferer] | None = None,
+        infers: bool = False,
+        learns: bool = False,
     ) -> None:
         self._store = store
         self._backend = backend
         self._dimensions = dimensions
         self._defaults = defaults
+        self._inferer = inferer
+        self._infers = infers
+        self._learns = learns
         self._loaded = False
 
     def load(self) -> ChatModel:
@@ -153,11 +172,11 @@ class Personalizer:
             raise UsageError(
                 "there is nothing to answer: the conversation ends with a user's message that is not empty"
             )
-        profile = self._store.profile(user_id)
+        profile, heard = self.reread(self._store.profile(user_id), messages[-1].content, options)
         plan = self.plan(profile, options)
         chat, engine = self._backend()
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
-        notices = _notices(plan, options, user_id)
+        notices = [*heard, *_notices(plan, options, user_id)]
         request = replace(build_request(plan, messages, chat), owner=user_id)
         prompt = max(len(view.context) for view in request.views)
         room = chat.capacity - prompt
@@ -202,6 +221,33 @@ class Personalizer:
             for _ in stream:
                 pass
         return stream.reply
+
+    def reread(self, profile: Profile, message: str, options: Options) -> tuple[Profile, list[str]]:
+        """The profile with what its persona says, where that was not read yet, and with what the user's own ``message``
+        says, where they are listened to; and what there is to tell of it.
+
+        What cannot be read for want of an embedder is told and left.
+        """
+        notices: list[str] = []
+        if self._inferer is None:
+            return profile, notices
+        learns = self._learns if options.learn is None else options.learn
+        try:
+            inferer = self._inferer()
+            if self._infers and (profile.persona or profile.inferred_from):
+                profile = infer_persona(self._store, profile, inferer)
+            if learns:
+                profile, notices = learn_from(self._store, profile, message, inferer, self._dimensions)
+        except MissingExtraError as error:
+            notices.append(f"no preference was read out of words: {error}")
+        except ConflictError:  # somebody else is at it; their profile stands
+            profile = self._store.profile(profile.user_id)
+        return profile, notices
+
+    def forget(self, user_id: str) -> None:
+        """Drop what is kept in memory of a user's conversations, as when they were erased."""
+        if self._loaded:
+            self._backend().engine.forget(user_id)
 
     def _sampling(self, options: Options) -> Sampling:
         def either(name: str) -> Any:
@@ -249,6 +295,63 @@ class Personalizer:
             )
         )
         return replace(reply, conversation_id=recorded.conversation_id, turn_id=recorded.turn_id)
+
+
+def infer_persona(store: PreferenceStore, profile: Profile, inferer: Inferer) -> Profile:
+    """The profile with its inferred layers read anew from its persona, unless they were read from that already.
+
+    Raises:
+        ConflictError: it changed meanwhile.
+        MissingExtraError: there is no embedder.
+    """
+    key = inferer.key(profile.persona)
+    if profile.inferred_from == key:
+        return profile
+    found = inferer.infer(profile.persona)
+    return store.write_inferred(
+        profile.user_id,
+        {dimension: one.stated for dimension, one in found.weights.items()},
+        inferred_from=key,
+        actor="prefmw",
+        reason="inferred from the persona",
+        expected_revision=profile.revision,
+    )
+
+
+def learn_from(
+    store: PreferenceStore, profile: Profile, message: str, inferer: Inferer, dimensions: Dimensions
+) -> tuple[Profile, list[str]]:
+    """The profile with the preferences that a user's own message states plainly, learned, and a line for each.
+
+    Raises:
+        ConflictError: it changed meanwhile.
+        MissingExtraError: there is no embedder.
+    """
+    if len(message) > MAX_PERSONA:  # a document is no wish
+        return profile, []
+    heard = inferer.infer(message, threshold=STRICT).weights
+    heard = {key: one for key, one in heard.items() if _is_news(profile, key, one.value)}
+    if not heard:
+        return profile, []
+    profile = store.write_weights(
+        profile.user_id,
+        {key: Stated(one.value, abs(one.value), {"quote": one.clause}) for key, one in heard.items()},
+        source=Source.learned,
+        actor="prefmw",
+        reason="said in a conversation",
+        expected_revision=profile.revision,
+    )
+    undo = f"undo: prefmw prefs revert {profile.user_id} {profile.revision - 1}"
+    return profile, [
+        f'heard {key} {one.value:+.2f}, {dimensions[key].pole(one.value).name}, in "{one.clause}" ({undo})'
+        for key, one in heard.items()
+    ]
+
+
+def _is_news(profile: Profile, dimension: str, value: float) -> bool:
+    """Whether a weight says other than what was learned before."""
+    before = [layer.value for layer in profile.layers if (layer.dimension, layer.source) == (dimension, Source.learned)]
+    return not before or before[0] * value < 0 or abs(before[0] - value) > 0.2
 
 
 def _notices(plan: Plan, options: Options, user_id: str) -> list[str]:

@@ -93,6 +93,18 @@ class Settings(BaseSettings):
     template_options: dict[str, Any] = Field(default_factory=dict)
     """Variables of the model's chat template, {enable_thinking = false} say."""
 
+    embedder: str = "all-MiniLM-L6-v2"
+    """What reads preferences out of words: a folder or hub id of a sentence-transformers model."""
+
+    readout: str | None = None
+    """The read-out fitted to that embedder (``prefmw prefs fit-readout``); none ships yet."""
+
+    infer: bool = False
+    """Infer weights from a persona when a turn first needs them."""
+
+    learn: bool = False
+    """Take a preference that a user states in conversation as theirs."""
+
     parked_mb: int = Field(default=1024, ge=0)
     """Memory for what conversations have read, between two turns; 0 keeps nothing."""
 

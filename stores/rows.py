@@ -9,22 +9,33 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from prefmw.errors import UsageError
+from prefmw.errors import StoreError, UsageError
 from prefmw.preferences import (
+    AUTO,
     Message,
     Profile,
     RecordedFeedback,
     RecordedTurn,
     Source,
+    Stated,
     Weight,
     check_key,
     check_method,
+    check_persona,
+    check_stated,
     check_strength,
 )
 
 
 def profile_of(rows: Sequence[Row[*tuple[Any, ...]]]) -> Profile:
-    """One profile from its rows, one for each layer (a single row with empty layer columns where there is none)."""
+    """One profile from its rows, one for each layer (a single row with empty layer columns where there is none).
+
+    Raises:
+        StoreError: a layer's source is none that this version knows.
+    """
+    for row in rows:
+        if row.source is not None and row.source not in Source.__members__:
+            raise StoreError(f"user '{row.id}' has a weight of the unknown source '{row.source}'; upgrade prefmw")
     layers = [
         Weight(row.dimension, Source[row.source], row.value, row.confidence, row.updated_at, row.evidence)
         for row in rows
@@ -63,48 +74,63 @@ def ordered(layers: Iterable[Weight]) -> tuple[Weight, ...]:
 
 
 def flat(profile: Profile) -> dict[str, Any]:
-    """A profile as ``{field: value}`` in JSON: ``persona``, ``method``, ``strength.METHOD``, ``weight.DIM.SOURCE``."""
+    """A profile as ``{field: value}`` in JSON: ``persona``, ``method``, ``strength.METHOD``, ``weight.DIM.SOURCE``. A
+    weight is [value, confidence], and what it rests on as a third where it rests on something.
+    """
     return {
         "persona": profile.persona,
         "method": profile.method,
         **{f"strength.{method}": value for method, value in profile.strengths.items()},
-        **{_layer_key(layer): [layer.value, layer.confidence] for layer in profile.layers},
+        **{_layer_key(layer): _layer_value(layer) for layer in profile.layers},
     }
+
+
+BESIDE = ("updated_at", "inferred_from")
+"""What a revision's snapshot holds beside :func:`flat`."""
 
 
 def snapshot_of(profile: Profile) -> dict[str, Any]:
     """A whole profile as JSON, for its revision."""
     return flat(profile) | {
         "updated_at": {_layer_key(layer): layer.updated_at.isoformat() for layer in profile.layers},
-        "evidence": {_layer_key(layer): layer.evidence for layer in profile.layers if layer.evidence is not None},
         "inferred_from": profile.inferred_from,
     }
 
 
-def profile_from_snapshot(user_id: str, revision: int, snapshot: dict[str, Any]) -> Profile:
-    """The profile that :func:`snapshot_of` was given.
+def profile_from_snapshot(user_id: str, number: int, snapshot: dict[str, Any]) -> Profile:
+    """The profile of revision ``number`` that :func:`snapshot_of` was given.
 
     Raises:
-        UsageError: it holds a method or a weight that this version does not take.
+        UsageError: it holds a persona, a method or a weight that this version does not take.
     """
-    strengths: dict[str, float] = {}
+    strengths: dict[str, float | None] = {}
     layers: list[Weight] = []
     try:
         for name, value in snapshot.items():
             kind, _, rest = name.partition(".")
             if kind == "strength":
-                strengths[rest] = float(check_strength(check_method(rest), value) or 0.0)
+                strengths[rest] = value
             elif kind == "weight":
                 dimension, _, source = rest.rpartition(".")
                 moment = datetime.fromisoformat(snapshot["updated_at"][name])
-                evidence = snapshot.get("evidence", {}).get(name)
-                layers.append(Weight(check_key(dimension), Source[source], value[0], value[1], moment, evidence))
-        method = snapshot["method"] and check_method(snapshot["method"])
+                stated = check_stated(Stated(*value))
+                layers.append(Weight(check_key(dimension), Source[source], stated[0], stated[1], moment, stated[2]))
         return Profile(
-            user_id, snapshot["persona"], revision, ordered(layers), method, strengths, snapshot.get("inferred_from")
+            user_id=user_id,
+            persona=check_persona(snapshot["persona"]),
+            revision=number,
+            layers=ordered(layers),
+            method=chosen(snapshot["method"]),
+            strengths=merged({}, strengths),
+            inferred_from=snapshot.get("inferred_from"),
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UsageError(f"revision {revision} holds what this version of prefmw cannot read: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as error:
+        raise UsageError(f"revision {number} holds what this version of prefmw does not take: {error}") from error
+
+
+def chosen(method: str | None) -> str | None:
+    """The method that a user chose; ``auto`` is none."""
+    return None if method is None or check_method(method) == AUTO else method
 
 
 def merged(strengths: dict[str, float], changes: dict[str, float | None]) -> dict[str, float]:
@@ -120,6 +146,10 @@ def storable(text: str) -> str:
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
+MOST_FLOAT32 = 3.4e38
+"""The largest size of a number in a vector."""
+
+
 def packed(numbers: Sequence[float]) -> bytes:
     """Numbers as float32, little-endian."""
     return struct.pack(f"<{len(numbers)}f", *numbers)
@@ -128,6 +158,10 @@ def packed(numbers: Sequence[float]) -> bytes:
 def unpacked(stored: bytes) -> tuple[float, ...]:
     """What :func:`packed` was given, in float32."""
     return struct.unpack(f"<{len(stored) // 4}f", stored)
+
+
+def _layer_value(layer: Weight) -> list[Any]:
+    return [layer.value, layer.confidence, *([] if layer.evidence is None else [layer.evidence])]
 
 
 def _layer_key(layer: Weight) -> str:

@@ -146,6 +146,7 @@ turns = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("replaces", BigInteger),  # the turn in whose place this one stands
     Index(None, "user_id"),
+    sqlite_autoincrement=True,  # an id that was given out is never another turn's
 )
 
 feedback = Table(
@@ -161,6 +162,7 @@ feedback = Table(
     Column("scores", JSON, nullable=False),  # {dimension: [the chosen one's, the rejected one's]}
     Column("created_at", UtcDateTime, nullable=False),
     Index(None, "user_id"),
+    sqlite_autoincrement=True,
 )
 
 vectors = Table(

@@ -10,12 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from prefmw.errors import ConflictError, UnknownConversationError, UnknownUserError, UsageError, UserExistsError
+from prefmw.errors import (
+    ConflictError,
+    StoreLockedError,
+    UnknownConversationError,
+    UnknownUserError,
+    UsageError,
+    UserExistsError,
+)
 from prefmw.preferences import (
     UNCHANGED,
     Conversation,
@@ -32,16 +39,18 @@ from prefmw.preferences import (
     Turn,
     Weight,
     check_key,
-    check_method,
     check_persona,
     check_reason,
     check_stated,
     check_text,
     check_user_id,
 )
-from prefmw.preferences.store import Existing, Unchanged
+from prefmw.preferences.store import Existing, FeedbackKind, Unchanged
 from prefmw.stores.database import Database
 from prefmw.stores.rows import (
+    BESIDE,
+    MOST_FLOAT32,
+    chosen,
     feedback_of,
     flat,
     merged,
@@ -106,7 +115,7 @@ class SQLPreferenceStore:
             user_id=check_user_id(user_id),
             persona=check_persona(persona),
             revision=1,
-            method=_checked_method(method),
+            method=chosen(method),
             strengths=merged({}, dict(strengths or {})),
         )
         with self._database.writing() as connection:
@@ -115,7 +124,7 @@ class SQLPreferenceStore:
                     insert(users).values(
                         id=profile.user_id,
                         persona=profile.persona,
-                        method=method,
+                        method=profile.method,
                         strengths=profile.strengths,
                         revision=1,
                         created_at=now,
@@ -131,17 +140,9 @@ class SQLPreferenceStore:
         return profile
 
     def users(self) -> Iterator[Profile]:
-        """Every profile, by id."""
+        """Every profile, by id in the database's own order."""
         with self._database.reading() as connection:
-            rows = connection.execution_options(yield_per=1000).execute(_PROFILE.order_by(users.c.id, *_LAYER_ORDER))
-            group: list[Row[Any]] = []
-            for row in rows:
-                if group and row.id != group[0].id:
-                    yield profile_of(group)
-                    group = []
-                group.append(row)
-            if group:
-                yield profile_of(group)
+            yield from self._profiles(connection)
 
     def profile(self, user_id: str) -> Profile:
         """The user's profile as of now, in one query."""
@@ -167,7 +168,7 @@ class SQLPreferenceStore:
             after = replace(
                 before,
                 persona=before.persona if persona is UNCHANGED else check_persona(persona),
-                method=before.method if method is UNCHANGED else _checked_method(method),
+                method=before.method if method is UNCHANGED else chosen(method),
                 strengths=merged(dict(before.strengths), dict(strengths or {})),
             )
             after = _with_layers(after, weights or {}, source)
@@ -221,11 +222,12 @@ class SQLPreferenceStore:
         """Make the profile what it was after revision ``number``, every layer of it, as a new revision."""
         with self._database.writing() as connection:
             before = self._lock(connection, user_id, expected_revision)
-            query = select(revisions.c.snapshot).where(revisions.c.user_id == user_id, revisions.c.number == number)
-            snapshot = connection.execute(query).scalar()
-            if snapshot is None:
+            if not 1 <= number <= before.revision:
                 raise UsageError(f"'{user_id}' has no revision {number}; see 'prefmw prefs history {user_id}'")
-            after = profile_from_snapshot(user_id, before.revision, snapshot)
+            then = profile_from_snapshot(user_id, number, self._snapshot(connection, user_id, number))
+            same = {replace(layer, updated_at=_ANY): layer for layer in before.layers}
+            layers = [same.get(replace(layer, updated_at=_ANY), layer) for layer in then.layers]
+            after = replace(then, revision=before.revision, layers=ordered(layers))
             return self._write(connection, before, after, actor, reason or f"back to revision {number}")
 
     def revisions(self, user_id: str) -> Sequence[Revision]:
@@ -242,8 +244,8 @@ class SQLPreferenceStore:
         now = datetime.now(UTC)
         with self._database.writing() as connection:
             conversation_id = turn.conversation_id
+            self._lock(connection, turn.user_id, None)
             if conversation_id is None:
-                self._read(connection, turn.user_id)
                 conversation_id = uuid.uuid4().hex[:16]
                 connection.execute(
                     insert(conversations).values(
@@ -276,17 +278,20 @@ class SQLPreferenceStore:
             system = ""
             messages: list[Message] = []
             said = [turn_of(turn) for turn in self._turns(connection, user_id, row.id)]
-            replaced = {turn.replaces for turn in said}
+            replaced = {turn.replaces for turn in said if turn.text}
+            last = None
             for turn in said:
                 system = turn.system
                 messages += turn.history
                 if turn.text and turn.id not in replaced:
                     messages += [Message("user", turn.prompt), Message("assistant", turn.text)]
-            return Conversation(row.id, system, tuple(messages))
+                    last = turn.id
+            return Conversation(row.id, system, tuple(messages), last)
 
     def turns(self, user_id: str, conversation_id: str) -> Sequence[RecordedTurn]:
         """The conversation's turns, oldest first."""
         with self._database.reading() as connection:
+            self._read(connection, user_id)
             row = self._conversation(connection, user_id, conversation_id)
             return [turn_of(turn) for turn in self._turns(connection, user_id, row.id)]
 
@@ -311,6 +316,10 @@ class SQLPreferenceStore:
 
     def add_feedback(self, feedback: Feedback) -> int:
         """Append feedback and return its id."""
+        if feedback.kind not in get_args(FeedbackKind):
+            raise UsageError(f"no feedback of the kind '{feedback.kind}': {', '.join(get_args(FeedbackKind))}")
+        if not all(isfinite(score) for key, pair in feedback.scores.items() if check_key(key) for score in pair):
+            raise UsageError("feedback has scores that are no finite numbers")
         values = asdict(feedback) | {"scores": {key: list(pair) for key, pair in feedback.scores.items()}}
         values |= {name: storable(values[name]) for name in ("prompt", "chosen", "rejected")}
         with self._database.writing() as connection:
@@ -335,13 +344,14 @@ class SQLPreferenceStore:
             vectors.c.user_id == user_id, vectors.c.kind == kind, vectors.c.model == model, vectors.c.content == content
         )
         with self._database.reading() as connection:
+            self._read(connection, user_id)
             stored = connection.execute(query).scalar()
         return None if stored is None else unpacked(stored)
 
     def put_vector(self, user_id: str, kind: str, model: str, content: str, numbers: Sequence[float]) -> None:
         """Keep a vector, in float32, in place of the one of that kind and model."""
-        if not numbers or not all(map(isfinite, numbers)):
-            raise UsageError(f"a vector holds finite numbers, got {len(numbers)} with others among them or none")
+        if not numbers or not all(abs(number) <= MOST_FLOAT32 for number in numbers):
+            raise UsageError(f"a vector holds finite numbers in float32, got {len(numbers)} with others among them")
         with self._database.writing() as connection:
             self._lock(connection, user_id, None)
             where = (vectors.c.user_id == user_id, vectors.c.kind == kind, vectors.c.model == model)
@@ -356,6 +366,12 @@ class SQLPreferenceStore:
         with self._database.reading() as connection:
             return export_person(connection, self._read(connection, user_id))
 
+    def export_all(self) -> Iterator[dict[str, Any]]:
+        """Every person's export, as of one moment."""
+        with self._database.reading() as connection:
+            for profile in self._profiles(connection):
+                yield export_person(connection, profile)
+
     def erase(self, user_id: str) -> None:
         """Remove everything held about a person; in SQLite their bytes too, from the file and its write-ahead log.
 
@@ -365,7 +381,10 @@ class SQLPreferenceStore:
         with self._database.writing() as connection:
             self._lock(connection, user_id, None)
             connection.execute(delete(users).where(users.c.id == user_id))
-        self._database.empty_log()
+        try:
+            self._database.empty_log()
+        except StoreLockedError as error:
+            raise StoreLockedError(f"'{user_id}' is erased, but {error}") from error
 
     def load(self, people: Iterable[Mapping[str, Any]], *, existing: Existing = "fail", actor: str) -> int:
         """Store people as :meth:`export` gives them, or as few fields of that as ``user`` alone; all or nobody."""
@@ -377,20 +396,36 @@ class SQLPreferenceStore:
         not what its latest revision says. ``advance`` is told of every profile that was looked at.
         """
         problems = self._database.problems()
-        query = select(revisions.c.snapshot).order_by(revisions.c.number.desc()).limit(1)
         with self._database.reading() as connection:
-            for profile in self.users():
-                latest = connection.execute(query.where(revisions.c.user_id == profile.user_id)).scalar()
-                kept = ("persona", "method")  # as every revision since the first schema holds them
-                if latest is None or any(latest.get(name) != flat(profile)[name] for name in kept):
+            for profile in self._profiles(connection):
+                latest = self._snapshot(connection, profile.user_id, profile.revision)
+                if {name: value for name, value in latest.items() if name not in BESIDE} != flat(profile):
                     problems.append(f"user '{profile.user_id}': the profile is not what its latest revision says")
-                elif _weights(latest) != _weights(flat(profile)):
-                    problems.append(f"user '{profile.user_id}': the weights are not what its latest revision says")
                 advance(1)
-        self._database.empty_log()
+        try:
+            self._database.empty_log()
+        except StoreLockedError as error:
+            problems.append(str(error))
         return problems
 
     # Rows
+
+    @staticmethod
+    def _profiles(connection: Connection) -> Iterator[Profile]:
+        query = _PROFILE.order_by(users.c.id, *_LAYER_ORDER)
+        group: list[Row[Any]] = []
+        for row in connection.execute(query, execution_options={"yield_per": 1000}):
+            if group and row.id != group[0].id:
+                yield profile_of(group)
+                group = []
+            group.append(row)
+        if group:
+            yield profile_of(group)
+
+    @staticmethod
+    def _snapshot(connection: Connection, user_id: str, number: int) -> dict[str, Any]:
+        query = select(revisions.c.snapshot).where(revisions.c.user_id == user_id, revisions.c.number == number)
+        return dict(connection.execute(query).scalar() or {})
 
     def _read(self, connection: Connection, user_id: str) -> Profile:
         check_user_id(user_id)
@@ -504,6 +539,8 @@ _PROFILE: Select[Any] = select(
 
 _LAYER_ORDER = (weights.c.dimension, weights.c.source)
 
+_ANY = datetime.fromtimestamp(0, UTC)  # a moment for layers that are compared whatever theirs
+
 
 def _with_layers(profile: Profile, changes: Mapping[str, Stated | None], source: Source) -> Profile:
     """The profile with one source's layers changed; a layer that says the same keeps its time."""
@@ -521,7 +558,3 @@ def _with_layers(profile: Profile, changes: Mapping[str, Stated | None], source:
 
 def _weights(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name.startswith("weight.")}
-
-
-def _checked_method(method: str | None) -> str | None:
-    return None if method is None else check_method(method)

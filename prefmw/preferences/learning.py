@@ -45,19 +45,22 @@ def bradley_terry(differences: ArrayLike, *, penalty: float = PENALTY) -> Learne
     No comparison gives zeros with the widest intervals; an attribute in which replies never differ stays at zero.
 
     Args:
-        differences: (N, K) of finite numbers, in units in which a typical difference is about 1 (divide scores by their
-            standard deviation over replies).
+        differences: (N, K), none beyond 1e6 in size, in units in which a typical difference is about 1 (divide scores
+            by their standard deviation over replies).
         penalty: above 0.
 
     Raises:
-        UsageError: another shape, a number that is not finite, or a penalty of 0 or less.
+        UsageError: another shape, a number beyond 1e6 or NaN, or a penalty of 0 or less.
 
     Source: Bradley and Terry, Rank Analysis of Incomplete Block Designs (1952); the published closed form for weights
     from choices is Drift's, p = (W - L) / ||W - L||_2.
     """
-    x = np.asarray(differences, dtype=np.float64)
-    if x.ndim != 2 or not np.isfinite(x).all():
-        raise UsageError(f"expected comparisons of shape (N, K), all finite, got shape {x.shape}")
+    try:
+        x = np.asarray(differences, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UsageError("expected comparisons of shape (N, K), got rows of several lengths or no numbers") from error
+    if x.ndim != 2 or not x.shape[1] or not (np.abs(x) <= 1e6).all():
+        raise UsageError(f"expected comparisons of shape (N, K), K from 1, none beyond 1e6, got shape {x.shape}")
     if not penalty > 0:
         raise UsageError(f"a penalty is above 0, got {penalty:g}")
     attributes = x.shape[1]

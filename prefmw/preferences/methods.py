@@ -5,7 +5,6 @@ It needs no torch, so that preferences are edited without it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from prefmw.errors import UsageError, nearest
@@ -58,6 +57,8 @@ def check_strength(method: str, strength: float | None) -> float | None:
     Raises:
         UsageError: a strength for a method that takes none, or one outside the method's range (NaN included).
     """
+    if method not in STRENGTHS:
+        raise UsageError(f"a strength belongs to a method, and '{method[:40]}' is none: {', '.join(METHODS)}")
     dial = STRENGTHS[method]
     if dial is None:
         if strength is not None:
@@ -70,7 +71,7 @@ def check_strength(method: str, strength: float | None) -> float | None:
         return dial.default
     if not isinstance(strength, int | float):
         raise UsageError(f"a strength is a number, got {type(strength).__name__}")
-    if not math.isfinite(strength) or not dial.low <= strength <= dial.high:
+    if not dial.low <= strength <= dial.high:  # NaN is in no range
         span = f"[{dial.low:g}, {dial.high:g}]"
-        raise UsageError(f"the strength of '{method}' ({dial.symbol}) lies in {span}, got {strength:g}")
+        raise UsageError(f"the strength of '{method}' ({dial.symbol}) lies in {span}, got {str(strength)[:20]}")
     return float(strength)

@@ -253,6 +253,10 @@ class PreferenceStore(Protocol):
         """Everything held about a person, as JSON."""
         ...
 
+    def export_all(self) -> Iterator[dict[str, Any]]:
+        """:meth:`export` of every user, as of one moment: for the administrator alone."""
+        ...
+
     def erase(self, user_id: str) -> None:
         """Remove everything held about a person, revisions, conversations, feedback and vectors included."""
         ...
@@ -261,7 +265,7 @@ class PreferenceStore(Protocol):
         """Store people as :meth:`export` gives them, or as few fields of that as ``user`` alone; ``weights`` may stand
         for layers of source user. All or nobody; returns how many.
 
-        Raises UsageError, which says the how-manieth of them cannot be read; UserExistsError.
+        Raises UnreadablePersonError, which says the how-manieth of them cannot be read; UserExistsError.
         """
         ...
 
@@ -272,8 +276,11 @@ class PreferenceStore(Protocol):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation so far: its system prompt (``""`` for none) and the messages that follow it."""
+    """A conversation so far: its system prompt (``""`` for none), the messages that follow it, and the turn that its
+    last reply is from (``None`` where nothing was answered).
+    """
 
     id: str
     system: str
     messages: tuple[Message, ...]
+    last_turn: int | None

@@ -55,7 +55,7 @@ def test_history_says_what_changed_and_revert_goes_back(ok, alice):
     assert (back["revision"], {key: w["value"] for key, w in back["weights"].items()}) == (4, {"humor": 0.5})
 
 
-@pytest.mark.parametrize("number", ["0", "9", "-1"])
+@pytest.mark.parametrize("number", ["0", "9", "-1", "99999999999999999999"])
 def test_a_revision_that_never_was_is_told(prefmw, alice, number):
     code, _, err = prefmw("prefs", "revert", "alice", "--", number)
     assert (code, err) == (
@@ -126,6 +126,11 @@ def test_what_is_dumped_is_loaded_elsewhere(ok, alice, tmp_path):
         ('{"user": "bob", "weights": {"humor": NaN}}', "line 3: a weight for humor lies in [-1, 1], got nan"),
         ('{"user": "bob", "weights": [1]}', "line 3: weights: Input should be"),
         ('{"user": "alice"}', "line 3: user 'alice' stands twice"),
+        ('{"user": "bob", "weights": {"humor": true}}', "line 3: weights.humor"),
+        ('{"user": "bob", "weights": {"humor": "1"}}', "line 3: weights.humor"),
+        ('{"user": "bob", "strengths": {"auto": 1}}', "line 3: a strength belongs to a method"),
+        ('{"user": "bob", "weights": {"humor": 1' + "0" * 400 + "}}", "line 3: a weight for humor lies in"),
+        ("[" * 100_000, "line 3: no JSON"),
         ('{"user": ""}', "line 3: user: a user id is empty"),
     ],
 )
@@ -138,10 +143,45 @@ def test_a_wrong_line_is_told_by_number_and_nobody_is_loaded(prefmw, tmp_path, l
     assert json.loads(prefmw("users", "list", "--json")[1]) == []
 
 
+def test_somebody_stored_already_is_told_and_nobody_loaded(prefmw, ok, tmp_path):
+    ok("users", "add", "bob", "--persona", "old")
+    file = tmp_path / "people.jsonl"
+    file.write_text('{"user": "alice"}\n{"user": "bob", "persona": "new"}\n{"user": "carol"}\n')
+    code, _, err = prefmw("users", "load", str(file))
+    said = "prefmw: user 'bob' is stored already; skip or replace those who are (--existing); nobody was loaded\n"
+    assert (code, err) == (2, said)
+    ok("users", "load", str(file), "--existing", "skip")
+    assert [one["persona"] for one in json.loads(ok("users", "list", "--json"))] == ["", "old", ""]
+
+
+def test_a_dump_that_breaks_off_leaves_the_last_one(prefmw, alice, tmp_path, monkeypatch):
+    from prefmw.stores import SQLPreferenceStore
+
+    file = tmp_path / "all.jsonl"
+    file.write_text("the last one")
+
+    def broken(self):
+        yield {"user": "alice"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SQLPreferenceStore, "export_all", broken)
+    with pytest.raises(KeyboardInterrupt):
+        prefmw("users", "dump", str(file))
+    assert file.read_text() == "the last one"
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["all.jsonl"]
+
+
+def test_a_dump_is_for_its_owner_alone_and_in_any_encoding(ok, tmp_path):
+    ok("users", "add", "é夜", "--persona", "🛌")
+    ok("users", "dump", str(tmp_path / "all.jsonl"))
+    assert (tmp_path / "all.jsonl").stat().st_mode & 0o777 == 0o600
+    assert ok("users", "export", "é夜").isascii()
+
+
 def test_a_file_that_is_none_is_told(prefmw, tmp_path):
     assert "cannot be read: No such file" in prefmw("users", "load", str(tmp_path / "none.jsonl"))[2]
     (tmp_path / "bytes.jsonl").write_bytes(b'{"user": "alice"}\n\xff\xfe\n')
-    assert "is not UTF-8" in prefmw("users", "load", str(tmp_path / "bytes.jsonl"))[2]
+    assert "line 2: no UTF-8" in prefmw("users", "load", str(tmp_path / "bytes.jsonl"))[2]
     assert "cannot be written" in prefmw("users", "dump", str(tmp_path))[2]
 
 
@@ -195,6 +235,9 @@ def test_a_line_that_is_taken_out_unsets_the_weight(ok, alice, monkeypatch, tmp_
     ("wrong", "message"),
     [
         ("text = 'persona = '", "no TOML"),
+        ("text = ''", "the text is empty"),
+        ("text = text.replace('humor = 0.5', 'humor = 1' + '0' * 400)", "lies in [-1, 1]"),
+        ("text = text.replace('# linear = 2.0', 'auto = 2.0')", "a strength belongs to a method"),
         ("text = text + '\\ncolour = 3'", "a table of numbers|unknown entry|no dimension"),
         ("text = text.replace('humor = 0.5', 'humor = 5')", "lies in [-1, 1]"),
         ("text = text.replace('humor = 0.5', 'humour = 0.5')", "did you mean 'humor'?"),
@@ -219,13 +262,29 @@ def test_giving_up_a_wrong_edit_changes_nothing(prefmw, ok, alice, monkeypatch, 
     assert json.loads(ok("users", "show", "alice", "--json"))["revision"] == 2
 
 
-@pytest.mark.parametrize("command", ["/no/such/editor", "false"])
+def test_weights_that_are_left_as_they_were_keep_what_they_rest_on(ok, alice, monkeypatch, tmp_path, home):
+    from prefmw.preferences import Source, Stated
+    from prefmw.stores import SQLPreferenceStore
+
+    store = SQLPreferenceStore(f"sqlite:///{home}/prefmw.db")
+    odd = {"my dim": Stated(0.5, 0.4, ["because"])}
+    store.write_weights("alice", odd, source=Source.user, actor="t")
+    store.edit_user("alice", persona='with \x7f and "quotes"', actor="t")
+    before = store.profile("alice")
+    terminal(monkeypatch)
+    editor(monkeypatch, tmp_path, "pass")
+    ok("users", "edit", "alice")
+    assert store.profile("alice") == before
+    store.close()
+
+
+@pytest.mark.parametrize("command", ["/no/such/editor", "false", 'vim "'])
 def test_an_editor_that_fails_is_told(prefmw, alice, monkeypatch, command):
     terminal(monkeypatch)
     monkeypatch.setenv("EDITOR", command)
     monkeypatch.delenv("VISUAL", raising=False)
     code, _, err = prefmw("users", "edit", "alice")
-    assert (code, "the editor" in err) == (2, True)
+    assert (code, "editor" in err.lower()) == (2, True)
 
 
 def test_an_edit_of_what_somebody_changed_meanwhile_is_refused(prefmw, alice, monkeypatch, tmp_path, home):
@@ -273,4 +332,10 @@ def test_a_sound_database_is_told_and_a_changed_one(ok, prefmw, alice, home):
     with sqlite3.connect(home / "prefmw.db") as raw:
         raw.execute("UPDATE weights SET value = 0.75")
     code, out, _ = prefmw("db", "check")
-    assert (code, "the weights are not what its latest revision says" in out) == (1, True)
+    assert (code, "the profile is not what its latest revision says" in out) == (1, True)
+
+
+def test_a_database_that_is_not_there_is_not_made(prefmw, tmp_path):
+    code, _, err = prefmw("db", "check", "-d", str(tmp_path / "typo.db"))
+    assert (code, "there is no prefmw database" in err) == (2, True)
+    assert not (tmp_path / "typo.db").exists()

@@ -52,7 +52,9 @@ def test_more_choices_narrow_the_interval():
     assert (many.high - many.low < few.high - few.low).all()
 
 
-@pytest.mark.parametrize("x", [[1.0, 2.0], [[float("nan"), 1.0]], [[float("inf"), 1.0]]])
+@pytest.mark.parametrize(
+    "x", [[1.0, 2.0], [[float("nan"), 1.0]], [[float("inf"), 1.0]], [[1e160]], [[1.0], [1.0, 2.0]], [[], []]]
+)
 def test_what_is_no_comparison_is_refused(x):
     with pytest.raises(UsageError, match=r"\(N, K\)"):
         bradley_terry(x)

@@ -7,7 +7,14 @@ import threading
 
 import pytest
 
-from prefmw.errors import ConflictError, UnknownConversationError, UnknownUserError, UsageError, UserExistsError
+from prefmw.errors import (
+    ConflictError,
+    UnknownConversationError,
+    UnknownUserError,
+    UnreadablePersonError,
+    UsageError,
+    UserExistsError,
+)
 from prefmw.preferences import Feedback, Message, PreferenceStore, Source, Stated, Turn
 
 PERSONA = "I'm a nurse on night shifts; keep it short — 夜勤 🛌"
@@ -39,6 +46,11 @@ def turn(user_id: str = "alice", conversation_id: str | None = None, **changes) 
 
 def effective(profile) -> dict[str, tuple[float, str]]:
     return {key: (weight.value, weight.source.name) for key, weight in profile.weights.items()}
+
+
+T = "2026-01-01T00:00:00+00:00"
+LIKE = {"kind": "like", "prompt": "q?", "chosen": "yes.", "rejected": "", "created_at": T}
+VECTOR = {"kind": "persona", "model": "m", "content": "h", "created_at": T}
 
 
 def a_whole_person(store, user_id: str) -> None:
@@ -311,6 +323,10 @@ class StoreConformance:
     def test_reverting_to_how_things_are_is_no_revision(self, store):
         store.add_user("alice", persona="a", actor="test")
         assert store.revert("alice", 1, actor="test").revision == 1
+        store.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="test")
+        store.write_weights("alice", {"humor": None}, source=Source.user, actor="test")
+        store.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="test")
+        assert store.revert("alice", 2, actor="test").revision == 4
 
     @pytest.mark.parametrize("number", [0, -1, 2, 10**9])
     def test_a_revision_that_never_was_is_refused(self, store, number):
@@ -341,6 +357,11 @@ class StoreConformance:
         store.add_user("alice", actor="test")
         store.add_user("mallory", actor="test")
         hers = store.record(turn("alice")).turn_id
+        for scores in ({"humor": (float("nan"), 0.0)}, {"": (1.0, 0.0)}):
+            with pytest.raises(UsageError):
+                store.add_feedback(Feedback("alice", "like", "q?", "yes.", scores=scores))
+        with pytest.raises(UsageError, match="no feedback of the kind"):
+            store.add_feedback(Feedback("alice", "love", "q?", "yes."))
         with pytest.raises(UsageError, match="no turn"):
             store.add_feedback(Feedback("mallory", "like", "q?", "yes.", turn_id=hers))
         assert store.feedback("mallory") == []
@@ -355,7 +376,7 @@ class StoreConformance:
         assert store.vector("alice", "persona", "minilm", "hash1") is None
         assert store.vector("alice", "persona", "minilm", "hash2") == (1.0,)
 
-    @pytest.mark.parametrize("numbers", [[], [float("nan")], [1.0, float("inf")]])
+    @pytest.mark.parametrize("numbers", [[], [float("nan")], [1.0, float("inf")], [1e39]])
     def test_a_vector_of_no_numbers_is_refused(self, store, numbers):
         store.add_user("alice", actor="test")
         with pytest.raises(UsageError, match="finite numbers"):
@@ -415,6 +436,10 @@ class StoreConformance:
         (revision,) = store.revisions("alice")
         assert (revision.number, revision.actor, revision.change["persona"]) == (1, "carol", [None, "p"])
         assert store.revert("alice", 1, actor="test").revision == 1
+        store.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="test")
+        store.write_weights("alice", {"humor": None}, source=Source.user, actor="test")
+        store.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="test")
+        assert store.revert("alice", 2, actor="test").revision == 4
 
     @pytest.mark.parametrize(
         ("second", "message"),
@@ -431,13 +456,51 @@ class StoreConformance:
             ({"user": "bob", "revision": 3}, "without its history"),
             ({"user": "bob", "layers": [{"dimension": "humor", "source": "nobody", "value": 1}]}, "layers.0.source"),
             ({"user": "bob", "layers": [{"dimension": "d", "source": "user", "value": 1}] * 2}, "two weights"),
+            ({"user": "bob", "conversations": [{"id": "c", "created_at": T, "updated_at": T, "turns": []}]}, "turns"),
+            ({"user": "bob", "created_at": "0001-01-01T00:00:00+14:00"}, "created_at"),
+            ({"user": "bob", "feedback": [{**LIKE, "turn_id": 7}]}, "turn 7, which is not there"),
+            ({"user": "bob", "vectors": [{**VECTOR, "numbers": [1e39]}]}, "vectors.0.numbers"),
+            ({"user": "bob", "vectors": [{**VECTOR, "numbers": []}]}, "vectors.0.numbers"),
+            ({"user": "bob", "revision": 10**30}, "revision"),
             (["bob"], "the whole"),
         ],
     )
     def test_a_person_that_cannot_be_read_keeps_everybody_out(self, store, second, message):
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(UnreadablePersonError, match=message) as caught:
             store.load([{"user": "alice"}, second], actor="test")
+        assert caught.value.number == 2
         assert list(store.users()) == []
+
+    def test_what_cannot_even_be_iterated_is_told(self, store):
+        with pytest.raises(UnreadablePersonError, match="person 2"):
+            store.load(map(json.loads, ['{"user": "alice"}', "{oops"]), actor="test")
+        assert list(store.users()) == []
+
+    def test_a_person_changed_by_hand_is_a_revision_of_its_own(self, store):
+        a_whole_person(store, "alice")
+        changed = store.export("alice") | {"persona": "by hand"}
+        store.load([changed], existing="replace", actor="carol")
+        last = store.revisions("alice")[-1]
+        assert (last.number, last.actor, last.reason) == (4, "carol", "loaded")
+        assert last.change == {"persona": ["alice's persona", "by hand"]}
+        assert store.profile("alice").revision == 4
+
+    def test_a_revision_that_holds_what_no_profile_takes_is_not_gone_back_to(self, store):
+        store.add_user("alice", actor="test")
+        store.edit_user("alice", persona="a", actor="test")
+        person = store.export("alice")
+        for snapshot in (
+            {"persona": "x" * 9000},
+            {"weight.humor.user": [99, 7], "updated_at": {"weight.humor.user": T}},
+            {"weight.humor.user": "text", "updated_at": None},
+            {"method": "magic"},
+        ):
+            person["revisions"][0]["snapshot"] |= snapshot
+            store.load([person], existing="replace", actor="test")
+            before = store.profile("alice")
+            with pytest.raises(UsageError, match="revision 1 holds"):
+                store.revert("alice", 1, actor="test")
+            assert store.profile("alice") == before
 
     def test_loading_those_who_exist_fails_skips_or_replaces(self, store):
         store.add_user("alice", persona="old", actor="test")
@@ -516,6 +579,21 @@ class StoreConformance:
         assert store.turns("alice", first.conversation_id)[1].replaces == first.turn_id
         store.record(turn(text="three.", conversation_id=first.conversation_id, replaces=again.turn_id))
         assert [m.content for m in store.conversation("alice", first.conversation_id).messages][1:] == ["three."]
+
+    def test_a_turn_whose_replacement_said_nothing_stays(self, store):
+        store.add_user("alice", actor="test")
+        first = store.record(turn(text="one."))
+        store.record(turn(text="", conversation_id=first.conversation_id, replaces=first.turn_id))
+        conversation = store.conversation("alice", first.conversation_id)
+        assert [message.content for message in conversation.messages][1:] == ["one."]
+        assert conversation.last_turn == first.turn_id
+
+    def test_an_id_that_was_given_out_is_no_other_turn_s(self, store):
+        store.add_user("alice", actor="test")
+        store.add_user("bob", actor="test")
+        erased = store.record(turn("bob")).turn_id
+        store.erase("bob")
+        assert store.record(turn("alice")).turn_id > erased
 
     def test_the_latest_conversation_is_the_one_last_spoken_in(self, store):
         store.add_user("alice", actor="test")

@@ -94,7 +94,7 @@ def test_erasing_beside_a_reader_says_what_remains(store, file, monkeypatch):
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("BEGIN")
     other.execute("SELECT * FROM users").fetchall()
-    with pytest.raises(StoreLockedError, match="write-ahead log still holds"):
+    with pytest.raises(StoreLockedError, match="is erased, but the write-ahead log"):
         store.erase("alice")
     other.execute("ROLLBACK")
     other.close()

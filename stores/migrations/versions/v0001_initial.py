@@ -92,9 +92,3 @@ def _of_user(table: str) -> sa.ForeignKeyConstraint:
     return sa.ForeignKeyConstraint(
         ["user_id"], ["users.id"], name=f"fk_{table}_user_id", ondelete="CASCADE", onupdate="CASCADE"
     )
-
-
-def downgrade() -> None:
-    """Drop every table."""
-    for table in ("turns", "conversations", "revisions", "weights", "users"):
-        op.drop_table(table)

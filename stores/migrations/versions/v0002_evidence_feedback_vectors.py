@@ -14,7 +14,13 @@ def upgrade() -> None:
     """Add columns to users, weights and turns, and two tables."""
     op.add_column("users", sa.Column("inferred_from", sa.String(64)))
     op.add_column("weights", sa.Column("evidence", sa.JSON))
-    op.add_column("turns", sa.Column("replaces", sa.BigInteger))
+    # SQLite makes the table anew, to number its rows without ever using a number again.
+    with op.batch_alter_table(
+        "turns",
+        table_kwargs={"sqlite_autoincrement": True},
+        recreate="always" if op.get_bind().dialect.name == "sqlite" else "never",
+    ) as turns:
+        turns.add_column(sa.Column("replaces", sa.BigInteger))
     op.create_table(
         "feedback",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), nullable=False, autoincrement=True),
@@ -29,6 +35,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_feedback"),
         _of_user("feedback"),
         sa.ForeignKeyConstraint(["turn_id"], ["turns.id"], name="fk_feedback_turn_id", ondelete="CASCADE"),
+        sqlite_autoincrement=True,
     )
     op.create_index("ix_feedback_user_id", "feedback", ["user_id"])
     op.create_index("ix_feedback_turn_id", "feedback", ["turn_id"])
@@ -49,12 +56,3 @@ def _of_user(table: str) -> sa.ForeignKeyConstraint:
     return sa.ForeignKeyConstraint(
         ["user_id"], ["users.id"], name=f"fk_{table}_user_id", ondelete="CASCADE", onupdate="CASCADE"
     )
-
-
-def downgrade() -> None:
-    """Drop what was added."""
-    op.drop_table("vectors")
-    op.drop_table("feedback")
-    for table, column in (("turns", "replaces"), ("weights", "evidence"), ("users", "inferred_from")):
-        with op.batch_alter_table(table) as batch:
-            batch.drop_column(column)

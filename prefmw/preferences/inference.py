@@ -1,0 +1,164 @@
+"""Weights inferred from a person's own words: clauses, embedded, read out, explained by the anchors nearest.
+
+Nothing is guessed: a dimension on which no clause takes a side clearly enough is left unset, and where two clauses take
+opposite sides both are shown and neither wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefmw.preferences.anchors import Anchor
+from prefmw.preferences.dimensions import Dimensions
+from prefmw.preferences.profile import Stated, check_persona
+from prefmw.preferences.readout import Embed, ReadOut
+
+STRICT = 0.8
+"""The least size of a value that is heard as a preference where nobody asked for one: in conversation."""
+
+SHOWN = 3
+"""Anchors shown for a weight."""
+
+_ENDS = re.compile(r"(?<=[.!?;])\s+|\s*\n+\s*|\s+[–—-]\s+")
+
+_JOINTS = re.compile(
+    r",?\s+(?:but|yet|although|though|however|while|whereas)\s+|,\s+(?:and|so|or)\s+"
+    r"|(?:,|\s+and)\s+(?=(?:no|not|don['’]?t|do|please|keep|just|never|without|with|be|use|give|make|write|skip|avoid)\b)",
+    re.IGNORECASE,
+)
+
+
+class Unit(NamedTuple):
+    """A piece of a text that is read by itself: a sentence, or one of its clauses. A sentence without clauses of its
+    own is an atom, as every clause is.
+    """
+
+    text: str
+    is_atom: bool
+
+
+def units(text: str) -> list[Unit]:
+    """A text's sentences, each followed by its clauses where it has more than one of at least two words."""
+    found = []
+    for sentence in _ENDS.split(text.strip()):
+        if not (sentence := sentence.strip(" ,;")):
+            continue
+        clauses = [clause.strip(" ,;") for clause in _JOINTS.split(sentence)]
+        whole = len(clauses) < 2 or any(len(clause.split()) < 2 for clause in clauses)
+        found.append(Unit(sentence, whole))
+        if not whole:
+            found += [Unit(clause, True) for clause in clauses]
+    return found
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An anchor that a clause resembles: its text, the cosine of their embeddings, and the pole it asks for."""
+
+    anchor: str
+    similarity: float
+    pole: str
+    clause: str
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """A weight in [-1, 1], the clause that states it, and the anchors of that pole nearest to the clause."""
+
+    value: float
+    clause: str
+    because: tuple[Evidence, ...]
+
+    @property
+    def stated(self) -> Stated:
+        """As a store takes it; the value's size is its confidence."""
+        return Stated(self.value, abs(self.value), [vars(one) for one in self.because])
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What a text states: a weight for each dimension it takes a side on, and where it takes both, both."""
+
+    weights: dict[str, Inferred] = field(default_factory=dict)
+    conflicts: dict[str, tuple[Inferred, Inferred]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """As ``prefs infer --json`` prints it."""
+        return {
+            "weights": {key: one.value for key, one in self.weights.items()},
+            "because": {key: [vars(proof) for proof in one.because] for key, one in self.weights.items()},
+            "conflicts": {
+                key: [{"value": one.value, "clause": one.clause} for one in pair]
+                for key, pair in self.conflicts.items()
+            },
+        }
+
+
+class Inferer:
+    """Reads preferences out of texts.
+
+    Args:
+        embed: the embedder that ``readout`` was fitted on.
+        readout: the fitted read-out.
+        anchors: the labelled statements that explain a weight, in the order of the read-out's anchor vectors.
+        dimensions: the registry, for the poles' names.
+    """
+
+    def __init__(self, embed: Embed, readout: ReadOut, anchors: Sequence[Anchor], dimensions: Dimensions) -> None:
+        self._embed = embed
+        self._readout = readout
+        self._anchors = anchors
+        self._dimensions = dimensions
+        self._version = readout.version()
+
+    def key(self, persona: str) -> str:
+        """What an inference of this persona rests on, as a hash: its words, the embedder and the read-out."""
+        return hashlib.sha256(f"{self._version}\n{persona}".encode()).hexdigest()[:32]
+
+    def infer(self, text: str, *, threshold: float | None = None) -> Inference:
+        """What ``text`` states.
+
+        Args:
+            text: a persona or a message, at most 4,000 characters.
+            threshold: the least size of a value that is a statement; by default the read-out's own.
+
+        Raises:
+            UsageError: the text is too long, or holds what no text may.
+        """
+        said = units(check_persona(text))
+        values = self._readout.values([unit.text for unit in said], self._embed)
+        least = self._readout.threshold if threshold is None else threshold
+        weights: dict[str, Inferred] = {}
+        conflicts: dict[str, tuple[Inferred, Inferred]] = {}
+        for dimension, sides in zip(self._readout.dimensions, values.T, strict=True):
+            if not len(sides) or np.abs(sides).max() < least:
+                continue
+            atoms = [row for row, unit in enumerate(said) if unit.is_atom and abs(sides[row]) >= least]
+            for_, against = (max(atoms, key=lambda row: sign * sides[row], default=None) for sign in (1, -1))
+            if for_ is not None and against is not None and sides[for_] > 0 > sides[against]:
+                conflicts[dimension] = (
+                    self._inferred(dimension, said[for_].text, sides[for_]),
+                    self._inferred(dimension, said[against].text, sides[against]),
+                )
+            else:
+                best = int(np.abs(sides).argmax())
+                weights[dimension] = self._inferred(dimension, said[best].text, sides[best])
+        return Inference(weights, conflicts)
+
+    def _inferred(self, dimension: str, clause: str, value: float) -> Inferred:
+        side = 1 if value > 0 else -1
+        rows = [i for i, anchor in enumerate(self._anchors) if (anchor.dimension, anchor.side) == (dimension, side)]
+        similarities: NDArray[np.float32] = self._readout.anchors[rows] @ self._embed([clause])[0]
+        nearest = sorted(zip(similarities.tolist(), rows, strict=True), reverse=True)[:SHOWN]
+        because = tuple(
+            Evidence(self._anchors[row].text, round(likeness, 3), self._anchors[row].pole(self._dimensions), clause)
+            for likeness, row in nearest
+        )
+        return Inferred(round(float(value), 3), clause, because)

@@ -1,0 +1,259 @@
+"""Inference with an embedder that counts words and a read-out made by hand, so that every value can be worked out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from prefmw.errors import UsageError
+from prefmw.evaluation.inference import Labelled, read_labelled, score_inference
+from prefmw.personalizer import infer_persona, learn_from
+from prefmw.preferences import Source, Stated, default_dimensions
+from prefmw.preferences.anchors import Anchor, default_anchors
+from prefmw.preferences.inference import Inferer, units
+from prefmw.preferences.readout import SCALE, ReadOut, features, load_readout, words_of
+
+VOCABULARY = ["short", "long", "jokes", "funny", "grave", "tea"]
+DIMENSIONS = ("verbosity", "humor")
+ANCHORS = [
+    Anchor("short answers", "verbosity", -1),
+    Anchor("long answers", "verbosity", 1),
+    Anchor("jokes", "humor", 1),
+    Anchor("grave words", "humor", -1),
+    Anchor("tea", None, 0),
+]
+
+
+def embed(texts):
+    """How often each word of the vocabulary occurs, as a unit vector."""
+    counts = np.array([[words_of(text).count(word) for word in VOCABULARY] for text in texts], dtype=np.float32)
+    return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
+
+
+@pytest.fixture
+def readout() -> ReadOut:
+    """Verbosity by short and long, humor by jokes, funny and grave; each by the subject and whether it is wanted."""
+    size = len(VOCABULARY)
+    hidden = np.zeros((3 * size + 3, 2 * size), dtype=np.float32)
+    for word in range(size):
+        hidden[size + word, word] = 1 / SCALE  # the subject
+        hidden[2 * size + word, size + word] = 1 / SCALE  # the subject, where it is not wanted
+    output = np.zeros((2 * size, 6), dtype=np.float32)
+    for word, (dimension, side) in {0: (0, 0), 1: (0, 2), 2: (1, 2), 3: (1, 2), 4: (1, 0)}.items():
+        output[word, 3 * dimension + side] = 12.0
+        output[size + word, 3 * dimension + side] = -12.0
+        output[size + word, 3 * dimension + 2 - side] = 12.0
+    weights = {
+        "hidden": hidden,
+        "hidden_bias": np.zeros(2 * size, dtype=np.float32),
+        "output": output,
+        "output_bias": np.tile(np.array([0, 4, 0], dtype=np.float32), 2),
+    }
+    return ReadOut("counting", DIMENSIONS, (), 0.5, weights, embed([anchor.text for anchor in ANCHORS]))
+
+
+@pytest.fixture
+def inferer(readout) -> Inferer:
+    return Inferer(embed, readout, ANCHORS, default_dimensions())
+
+
+def found(inferer, text):
+    return {key: round(one.value) for key, one in inferer.infer(text).weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I like short answers.", {"verbosity": -1}),
+        ("No short answers.", {"verbosity": 1}),
+        ("I drink tea.", {}),
+        ("", {}),
+        ("Short answers. No jokes!", {"verbosity": -1, "humor": -1}),
+        ("I like it short, but never without jokes.", {"verbosity": -1, "humor": 1}),
+    ],
+)
+def test_weights_are_read_from_sentences_and_clauses(inferer, text, expected):
+    assert found(inferer, text) == expected
+
+
+def test_the_nearest_anchors_of_the_pole_explain_a_weight(inferer):
+    (proof, *_) = inferer.infer("I like short answers.").weights["verbosity"].because
+    assert (proof.anchor, proof.pole, proof.clause) == ("short answers", "concise", "I like short answers.")
+    assert proof.similarity == pytest.approx(1.0, abs=1e-3)
+
+
+def test_of_two_opposite_statements_neither_wins(inferer):
+    inference = inferer.infer("I like long answers. Keep it short.")
+    assert inference.weights == {}
+    for_, against = inference.conflicts["verbosity"]
+    assert (for_.clause, against.clause) == ("I like long answers.", "Keep it short.")
+    assert inference.as_json()["conflicts"]["verbosity"][1]["value"] < 0
+
+
+def test_a_stricter_threshold_leaves_more_alone(inferer):
+    assert inferer.infer("I like short answers.", threshold=0.9999999).weights == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One thing. Another thing!", ["One thing.", "Another thing!"]),
+        ("Keep it short, and add a joke.", ["Keep it short, and add a joke.", "Keep it short", "add a joke."]),
+        ("Long, but funny.", ["Long, but funny."]),
+        ("a\n\nb", ["a", "b"]),
+        ("  ", []),
+    ],
+)
+def test_a_text_comes_apart_into_sentences_and_clauses_of_two_words(text, expected):
+    assert [unit.text for unit in units(text)] == expected
+
+
+def test_what_is_no_text_is_refused(inferer):
+    for text in ("x" * 5000, "nul \0"):
+        with pytest.raises(UsageError):
+            inferer.infer(text)
+
+
+# The read-out
+
+
+def test_features_stand_in_the_order_that_is_told():
+    seen = features(["no jokes"], embed, ("jokes", "tea"))
+    size = len(VOCABULARY)
+    jokes = SCALE * embed(["jokes"])[0]
+    np.testing.assert_array_equal(seen[0, : 3 * size], np.tile(jokes, 3))
+    assert seen[0, 3 * size :].tolist() == [-1, 1, 0, 1, 0]
+
+
+def test_a_read_out_comes_back_as_saved(readout, tmp_path):
+    file = tmp_path / "readout.safetensors"
+    readout.save(file)
+    back = load_readout(file)
+    assert (back.embedder, back.dimensions, back.words, back.threshold) == ("counting", DIMENSIONS, (), 0.5)
+    texts = ["short answers", "no jokes", "tea"]
+    np.testing.assert_allclose(back.values(texts, embed), readout.values(texts, embed), atol=1e-2)
+    assert back.version() == load_readout(file).version()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors at all"])
+def test_a_file_that_is_no_read_out_is_told(tmp_path, content):
+    file = tmp_path / "readout.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UsageError, match="fit-readout"):
+        load_readout(file)
+
+
+# What is stored
+
+
+def test_a_persona_is_read_once_and_again_when_it_changes(store, inferer):
+    before = store.add_user("alice", persona="I like short answers.", actor="test")
+    after = infer_persona(store, before, inferer)
+    assert after == store.profile("alice")
+    weight = after.weights["verbosity"]
+    assert (weight.source, weight.value < -0.9, weight.evidence[0]["anchor"]) == (
+        Source.inferred,
+        True,
+        "short answers",
+    )
+    assert infer_persona(store, after, inferer) == after
+    changed = store.edit_user("alice", persona="Add jokes.", actor="test")
+    assert set(infer_persona(store, changed, inferer).weights) == {"humor"}
+
+
+def test_inference_never_covers_what_a_person_set(store, inferer):
+    store.add_user("alice", persona="I like short answers.", actor="test")
+    set_ = store.write_weights("alice", {"verbosity": Stated(0.3)}, source=Source.user, actor="test")
+    assert infer_persona(store, set_, inferer).weights["verbosity"].value == 0.3
+
+
+def test_what_a_message_states_is_learned_quoted_and_can_be_undone(store, inferer):
+    profile = store.add_user("alice", actor="test")
+    learned, notices = learn_from(store, profile, "Jokes, please! What is tea?", inferer, default_dimensions())
+    weight = learned.weights["humor"]
+    assert (weight.source, weight.evidence) == (Source.learned, {"quote": "Jokes, please!"})
+    assert notices == [
+        f'heard humor {weight.value:+.2f}, humorous, in "Jokes, please!" (undo: prefmw prefs revert alice 1)'
+    ]
+    again, nothing = learn_from(store, learned, "Jokes, please!", inferer, default_dimensions())
+    assert (again, nothing) == (learned, [])
+    assert store.revert("alice", 1, actor="alice").weights == {}
+
+
+def test_a_document_is_no_wish(store, inferer):
+    profile = store.add_user("alice", actor="test")
+    assert learn_from(store, profile, "jokes " * 2000, inferer, default_dimensions()) == (profile, [])
+
+
+# Measuring
+
+
+def test_inference_is_scored_by_hand(inferer):
+    statements = [
+        Labelled("I like short answers.", {"verbosity": -1}),
+        Labelled("I like long answers.", {"verbosity": -1}),  # labelled wrong, so one of three pairs is missed
+        Labelled("No jokes.", {"humor": -1}),
+        Labelled("I drink tea.", {}),
+        Labelled("grave tea", {}),
+    ]
+    result = score_inference(statements, inferer, default_dimensions())
+    assert result["sign_accuracy"] == pytest.approx(2 / 3)
+    assert (result["spurious_rate"], result["neutral_accuracy"], result["n"]) == (0.0, 0.5, 5)
+    assert [one["text"] for one in result["misses"]] == ["I like long answers.", "grave tea"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops", "line 2"),
+        ('{"text": "a"}', "line 2"),
+        ('{"text": "a", "expect": {"humour": 1}}', "line 2: no dimension 'humour'"),
+        ('{"text": "a", "expect": {"humor": 2}}', "line 2: a text, and sides"),
+        ('{"text": 3, "expect": {}}', "line 2: a text, and sides"),
+        ("[]", "line 2"),
+    ],
+)
+def test_a_line_that_is_no_labelled_statement_is_told(tmp_path, line, message):
+    file = tmp_path / "labelled.jsonl"
+    file.write_text(f'{{"text": "a", "expect": {{}}}}\n{line}\n')
+    with pytest.raises(UsageError, match=message):
+        read_labelled(file, default_dimensions())
+
+
+def test_a_file_of_nothing_is_told(tmp_path):
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("\n")
+    with pytest.raises(UsageError, match="no statement"):
+        read_labelled(file, default_dimensions())
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_labelled(tmp_path / "none.jsonl", default_dimensions())
+
+
+# The data
+
+
+def test_every_pole_has_forty_anchors_and_some_ask_for_none():
+    bank = default_anchors()
+    for key, dimension in default_dimensions().items():
+        if dimension.kind == "style":
+            for side in (-1, 1):
+                assert sum((anchor.dimension, anchor.side) == (key, side) for anchor in bank) >= 40
+    assert sum(anchor.dimension is None for anchor in bank) >= 200
+
+
+def test_no_test_statement_is_fitted_on():
+    from pathlib import Path
+
+    from prefmw.training.readout import examples
+
+    def bare(text: str) -> str:
+        return " ".join(words_of(text))
+
+    file = Path(__file__).parent / "statements.jsonl"
+    tested = {bare(json.loads(line)["text"]) for line in file.read_text(encoding="utf-8").splitlines()}
+    assert len(tested) >= 250
+    fitted = {bare(one.text) for one in examples(default_anchors(), default_dimensions(), seed=0) if one.judged}
+    assert tested & fitted == set()
