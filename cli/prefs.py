@@ -129,7 +129,7 @@ def fit_readout(
         raise UsageError(f"'{out}' is no path for a read-out: a folder that exists, and an ending in .safetensors")
     name = load_settings({"embedder": embedder}).embedder
     with stages() as tell:
-        readout, measured = fit(Embedder(name), name, default_anchors(), default_dimensions(), seed=seed, progress=tell)
+        readout, measured = fit(Embedder(name), default_anchors(), default_dimensions(), seed=seed, progress=tell)
     readout.save(out)
     if json:
         print_json({"readout": str(out), "embedder": name, **measured})

@@ -71,9 +71,9 @@ def load_inferer(settings: Settings) -> Inferer:
         UsageError: the read-out is none, or was fitted to another embedder than the settings'.
     """
     from prefmw.models.embedder import Embedder
+    from prefmw.models.readout import load_readout
     from prefmw.preferences.anchors import default_anchors
     from prefmw.preferences.inference import Inferer
-    from prefmw.preferences.readout import load_readout
 
     with _lock:
         key = f"{settings.embedder}\n{settings.readout}"
@@ -83,14 +83,9 @@ def load_inferer(settings: Settings) -> Inferer:
                     "reading preferences out of words needs a read-out, and none ships yet: make one with 'prefmw "
                     "prefs fit-readout --out FILE' and name it by the setting 'readout' (PREFMW_READOUT)"
                 )
-            path = Path(settings.readout).expanduser()
-            readout = load_readout(path)
-            if readout.embedder != settings.embedder:
-                raise UsageError(
-                    f"the read-out '{path}' was fitted to {readout.embedder}, not to {settings.embedder}; fit one with "
-                    "'prefmw prefs fit-readout' and name it by the setting 'readout'"
-                )
-            _inferers[key] = Inferer(Embedder(settings.embedder), readout, default_anchors(), default_dimensions())
+            embedder = Embedder(settings.embedder)
+            readout = load_readout(Path(settings.readout).expanduser(), embedder)
+            _inferers[key] = Inferer(embedder, readout, default_anchors(), default_dimensions())
         return _inferers[key]
 
 

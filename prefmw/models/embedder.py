@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from prefmw.errors import MissingExtraError, ModelNotFoundError
 
@@ -37,11 +38,26 @@ class Embedder:
             MissingExtraError: the default model, neither installed nor in the hub's cache.
             ModelNotFoundError: no such model.
         """
+        vectors = self._loaded().encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+        return np.asarray(vectors, dtype=np.float32)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The transformers model behind the embeddings."""
+        encoder: nn.Module = self._loaded()[0].auto_model
+        return encoder
+
+    def tokens(self, texts: Sequence[str], longest: int) -> dict[str, Tensor]:
+        """Texts as the encoder's ``input_ids`` and ``attention_mask``, (N, T), cut at ``longest`` tokens."""
+        tokenizer = self._loaded().tokenizer
+        given = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        return {name: given[name] for name in ("input_ids", "attention_mask")}
+
+    def _loaded(self) -> Any:
         with self._lock:
             if self._model is None:
                 self._model = self._load()
-            vectors = self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-        return np.asarray(vectors, dtype=np.float32)
+            return self._model
 
     def _load(self) -> Any:
         from sentence_transformers import SentenceTransformer

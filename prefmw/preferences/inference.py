@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from prefmw.preferences.anchors import Anchor
 from prefmw.preferences.dimensions import Dimensions
 from prefmw.preferences.profile import Stated, check_persona
-from prefmw.preferences.readout import Embed, ReadOut
 
 STRICT = 0.8
 """The least size of a value that is heard as a preference where nobody asked for one: in conversation."""
@@ -33,6 +32,29 @@ _JOINTS = re.compile(
     r"|(?:,|\s+and)\s+(?=(?:no|not|don['’]?t|do|please|keep|just|never|without|with|be|use|give|make|write|skip|avoid)\b)",
     re.IGNORECASE,
 )
+
+
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Texts to unit vectors, (N, D)."""
+
+
+class ReadOut(Protocol):
+    """What takes a clause's side: :class:`prefmw.models.readout.ReadOut`, of K dimensions.
+
+    ``anchors`` are the embeddings of the bank, (A, D); what is smaller than ``threshold`` is no statement.
+    """
+
+    dimensions: tuple[str, ...]
+    threshold: float
+    anchors: NDArray[np.float32]
+
+    def version(self) -> str:
+        """A hash of all that its values depend on."""
+        ...
+
+    def values(self, clauses: Sequence[str]) -> NDArray[np.float64]:
+        """Per clause and dimension, (N, K), in [-1, 1]."""
+        ...
 
 
 class Unit(NamedTuple):
@@ -133,7 +155,7 @@ class Inferer:
             UsageError: the text is too long, or holds what no text may.
         """
         said = units(check_persona(text))
-        values = self._readout.values([unit.text for unit in said], self._embed)
+        values = self._readout.values([unit.text for unit in said])
         least = self._readout.threshold if threshold is None else threshold
         weights: dict[str, Inferred] = {}
         conflicts: dict[str, tuple[Inferred, Inferred]] = {}
@@ -148,7 +170,8 @@ class Inferer:
                     self._inferred(dimension, said[against].text, sides[against]),
                 )
             else:
-                best = int(np.abs(sides).argmax())
+                # A clause is clearer than the sentence it stands in, where it says something by itself.
+                best = max(atoms or range(len(said)), key=lambda row: abs(sides[row]))  # noqa: B023
                 weights[dimension] = self._inferred(dimension, said[best].text, sides[best])
         return Inference(weights, conflicts)
 

@@ -1,16 +1,15 @@
-"""Fits the read-out of preferences: statements whose side is known, embedded, one hidden layer, three outputs each.
+"""Fits the read-out of preferences: a low-rank adapter and a head on the embedder's encoder.
 
-Beside the anchor bank it learns from ``preference_files/``: statements of many kinds for either pole, qualities by
+It learns from the anchor bank and from ``preference_files/``: statements of many kinds for either pole, qualities by
 those who like and dislike them put into sentences of either attitude, pairs of statements joined, and texts that state
-nothing. The threshold is chosen by cross-validation: the least at which nearly all texts that state nothing are left
-alone.
+nothing. A tenth of what people wrote is held out; on it the threshold is chosen, the least at which nearly all texts
+that state nothing are left alone, and the rest is measured.
 """
 
 from __future__ import annotations
 
 import random
 import tomllib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -20,21 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from prefmw.models.embedder import Embedder
+from prefmw.models.readout import LONGEST, Reader, ReadOut, adapted, learned
 from prefmw.preferences.anchors import Anchor
 from prefmw.preferences.dimensions import Dimensions
-from prefmw.preferences.readout import Embed, ReadOut, features, words_of
 
-WORDS = 500
-"""Words that the read-out looks for: the most frequent of its statements."""
+RANK, EPOCHS, BATCH, LEARNING_RATE = 8, 4, 64, 2e-3
 
-HIDDEN = 128
-MODELS = 3
-"""Networks whose outputs are averaged; side by side they are one of three times the width."""
-
-EPOCHS, BATCH, LEARNING_RATE, DROPOUT = 10, 256, 2e-3, 0.4
-FOLDS = 4
+HELD_OUT = 0.1
 LEFT_ALONE = 0.97
-"""Share of the texts that state nothing which no dimension may take a side on."""
+"""Share of the held-out texts that state nothing which no dimension may take a side on."""
 
 PAIRS = 6000
 """Pairs of statements about different dimensions, joined."""
@@ -88,117 +82,86 @@ def examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: int) -> li
 
 
 def fit_readout(
-    embed: Embed,
-    embedder: str,
+    embedder: Embedder,
     anchors: Sequence[Anchor],
     dimensions: Dimensions,
     *,
     seed: int = 0,
+    epochs: int = EPOCHS,
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> tuple[ReadOut, dict[str, Any]]:
-    """Fit a read-out; give back it and what cross-validation says of it.
+    """Fit a read-out; give back it and how it does on what was held out.
 
     Args:
-        embed: texts to unit vectors.
-        embedder: its name, kept with the read-out.
+        embedder: whose encoder is adapted.
         anchors: the bank, for fitting and for explaining.
-        dimensions: the style dimensions of it are read.
-        seed: of the sentences made from qualities, the folds and the networks.
+        dimensions: of these the style dimensions are read.
+        seed: of the sentences made from qualities, of what is held out and of the training.
+        epochs: passes over the examples.
         progress: told what is under way and how much of it is done.
     """
     keys = tuple(key for key, dimension in dimensions.items() if dimension.kind == "style")
     given = examples(anchors, dimensions, seed)
-    counts = Counter(word for one in given if one.judged for word in set(words_of(one.text)))
-    words = tuple(word for word, _ in counts.most_common(WORDS))
-    seen = _seen(given, embed, words, progress)
-    sides = np.array([[one.sides.get(key, 0) for key in keys] for one in given])
-    weights = np.array([one.weight for one in given], dtype=np.float32)
+    targets = np.array([[one.sides.get(key, 0) for key in keys] for one in given])
     judged = np.array([one.judged for one in given])
-    folds = np.where(judged, np.random.default_rng(seed).integers(FOLDS, size=len(given)), -1)
-    values = np.zeros(sides.shape)
-    for fold in range(FOLDS):
-        progress("cross-validating", fold / FOLDS)
-        held_out = folds == fold
-        layers = _fit(seen[~held_out], sides[~held_out], weights[~held_out], seed + fold, models=1)
-        values[held_out] = _read(layers, seen[held_out], embedder, keys, words)
-    threshold, measured = _threshold(values[judged], sides[judged])
-    progress("fitting", 0.0)
-    fitted = _fit(seen, sides, weights, seed, models=MODELS)
-    bank = embed([anchor.text for anchor in anchors])
-    return ReadOut(embedder, keys, words, threshold, fitted, bank), {
-        "examples": len(given),
-        "anchors": len(anchors),
-        "threshold": threshold,
-        **measured,
-    }
-
-
-def _seen(
-    given: Sequence[Example], embed: Embed, words: Sequence[str], progress: Callable[[str, float], None]
-) -> NDArray[np.float32]:
-    parts = []
-    for at in range(0, len(given), 1000):
-        progress("embedding", at / len(given))
-        parts.append(features([one.text for one in given[at : at + 1000]], embed, words))
-    return np.concatenate(parts)
-
-
-def _fit(
-    seen: NDArray[np.float32], sides: NDArray[Any], weights: NDArray[np.float32], seed: int, *, models: int
-) -> dict[str, NDArray[np.float32]]:
-    """Networks of one hidden layer, side by side: (F, models H) and (models H, 3 K)."""
-    trained = [_network(seen, sides, weights, seed + 100 * index) for index in range(models)]
-    return {
-        "hidden": np.concatenate([hidden.weight.detach().numpy().T for hidden, _ in trained], axis=1),
-        "hidden_bias": np.concatenate([hidden.bias.detach().numpy() for hidden, _ in trained]),
-        "output": np.concatenate([output.weight.detach().numpy().T for _, output in trained]) / np.float32(models),
-        "output_bias": np.mean([output.bias.detach().numpy() for _, output in trained], axis=0, dtype=np.float32),
-    }
-
-
-def _network(
-    seen: NDArray[np.float32], sides: NDArray[Any], weights: NDArray[np.float32], seed: int
-) -> tuple[nn.Linear, nn.Linear]:
-    generator = torch.Generator().manual_seed(seed)
-    count = sides.shape[1]
-    x, y, w = torch.from_numpy(seen), torch.from_numpy(sides + 1).long(), torch.from_numpy(weights)
+    held_out = judged & (np.random.default_rng(seed).random(len(given)) < HELD_OUT)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        hidden, output = nn.Linear(x.shape[1], HIDDEN), nn.Linear(HIDDEN, 3 * count)
-        optimizer = torch.optim.AdamW([*hidden.parameters(), *output.parameters()], weight_decay=1e-3)
-        steps = EPOCHS * (len(x) // BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-        for _ in range(EPOCHS):
-            order = torch.randperm(len(x), generator=generator)
-            for rows in order[: len(x) // BATCH * BATCH].view(-1, BATCH):
-                inner = nn.functional.dropout(torch.relu(hidden(x[rows])), DROPOUT)
-                logits = output(inner).view(-1, count, 3).transpose(1, 2)
-                loss = nn.functional.cross_entropy(logits, y[rows], reduction="none").sum(1)
-                optimizer.zero_grad()
-                (loss * w[rows]).mean().backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-    return hidden, output
+        encoder = adapted(embedder.encoder, RANK)
+        reader = Reader(encoder, embedder.encoder.config.hidden_size, len(keys))
+        rest = np.flatnonzero(~held_out)
+        _train(reader, embedder, [given[row] for row in rest], targets[rest], epochs, seed, progress)
+    bank = torch.from_numpy(embedder([anchor.text for anchor in anchors]))
+    head = {f"head.{name}": tensor.detach() for name, tensor in reader.head.state_dict().items()}
+    readout = ReadOut(embedder, keys, 0.0, {**learned(encoder), **head, "anchors": bank})
+    texts = [one.text for one, out in zip(given, held_out, strict=True) if out]
+    readout.threshold, measured = _threshold(readout.values(texts), targets[held_out])
+    counts = {"examples": len(rest), "held_out": len(texts), "anchors": len(anchors)}
+    return readout, {**counts, "threshold": readout.threshold, **measured}
 
 
-def _read(
-    layers: dict[str, NDArray[np.float32]],
-    seen: NDArray[np.float32],
-    embedder: str,
-    keys: tuple[str, ...],
-    words: tuple[str, ...],
-) -> NDArray[np.float64]:
-    return ReadOut(embedder, keys, words, 0.0, layers, np.zeros((0, 0), dtype=np.float32)).read(seen)
+def _train(
+    reader: Reader,
+    embedder: Embedder,
+    given: Sequence[Example],
+    targets: NDArray[Any],
+    epochs: int,
+    seed: int,
+    progress: Callable[[str, float], None],
+) -> None:
+    """AdamW on the adapter and the head, cross entropy summed over dimensions; texts of like length share a batch."""
+    rng = np.random.default_rng(seed)
+    wanted = torch.from_numpy(targets + 1).long()
+    weights = torch.tensor([one.weight for one in given])
+    optimizer = torch.optim.AdamW([weight for weight in reader.parameters() if weight.requires_grad], weight_decay=0.01)
+    steps = epochs * -(-len(given) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    reader.train()
+    done = 0
+    for _ in range(epochs):
+        order = sorted(range(len(given)), key=lambda row: (len(given[row].text) // 8, rng.random()))
+        batches = [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
+        for index in rng.permutation(len(batches)):
+            rows = batches[index]
+            logits = reader(**embedder.tokens([given[row].text for row in rows], LONGEST))
+            loss = nn.functional.cross_entropy(logits.transpose(1, 2), wanted[rows], reduction="none").sum(1)
+            optimizer.zero_grad()
+            (loss * weights[rows]).mean().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            done += 1
+            progress("fitting", done / steps)
+    reader.eval()
 
 
-def _threshold(values: NDArray[np.float64], sides: NDArray[Any]) -> tuple[float, dict[str, float]]:
+def _threshold(values: NDArray[np.float64], targets: NDArray[Any]) -> tuple[float, dict[str, float]]:
     """The least threshold from 0.15 that leaves enough of what states nothing alone, and what it does to the rest."""
-    nothing = (sides == 0).all(axis=1)
+    nothing = (targets == 0).all(axis=1)
     largest = np.abs(values[nothing]).max(axis=1)
     threshold = float(np.clip(np.quantile(largest, LEFT_ALONE), 0.15, 0.95))
-    stated = values[~nothing] * sides[~nothing]
-    right = stated[sides[~nothing] != 0]
-    beside = np.abs(values[~nothing])[sides[~nothing] == 0]
+    stated = values[~nothing] * targets[~nothing]
+    right = stated[targets[~nothing] != 0]
+    beside = np.abs(values[~nothing])[targets[~nothing] == 0]
     return round(threshold, 3), {
         "right_side": float((right > 0).mean()),
         "right_and_clear": float((right >= threshold).mean()),

@@ -1,8 +1,9 @@
-"""Inference with an embedder that counts words and a read-out made by hand, so that every value can be worked out."""
+"""Inference with an embedder that counts words and a read-out that knows a few, so that every value is plain."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from prefmw.personalizer import infer_persona, learn_from
 from prefmw.preferences import Source, Stated, default_dimensions
 from prefmw.preferences.anchors import Anchor, default_anchors
 from prefmw.preferences.inference import Inferer, units
-from prefmw.preferences.readout import SCALE, ReadOut, features, load_readout, words_of
 
 VOCABULARY = ["short", "long", "jokes", "funny", "grave", "tea"]
 DIMENSIONS = ("verbosity", "humor")
@@ -26,37 +26,40 @@ ANCHORS = [
 ]
 
 
+def words_of(text):
+    return re.findall(r"[a-z]+", text.lower())
+
+
 def embed(texts):
     """How often each word of the vocabulary occurs, as a unit vector."""
     counts = np.array([[words_of(text).count(word) for word in VOCABULARY] for text in texts], dtype=np.float32)
     return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
 
 
-@pytest.fixture
-def readout() -> ReadOut:
-    """Verbosity by short and long, humor by jokes, funny and grave; each by the subject and whether it is wanted."""
-    size = len(VOCABULARY)
-    hidden = np.zeros((3 * size + 3, 2 * size), dtype=np.float32)
-    for word in range(size):
-        hidden[size + word, word] = 1 / SCALE  # the subject
-        hidden[2 * size + word, size + word] = 1 / SCALE  # the subject, where it is not wanted
-    output = np.zeros((2 * size, 6), dtype=np.float32)
-    for word, (dimension, side) in {0: (0, 0), 1: (0, 2), 2: (1, 2), 3: (1, 2), 4: (1, 0)}.items():
-        output[word, 3 * dimension + side] = 12.0
-        output[size + word, 3 * dimension + side] = -12.0
-        output[size + word, 3 * dimension + 2 - side] = 12.0
-    weights = {
-        "hidden": hidden,
-        "hidden_bias": np.zeros(2 * size, dtype=np.float32),
-        "output": output,
-        "output_bias": np.tile(np.array([0, 4, 0], dtype=np.float32), 2),
-    }
-    return ReadOut("counting", DIMENSIONS, (), 0.5, weights, embed([anchor.text for anchor in ANCHORS]))
+class WordReadOut:
+    """Verbosity by short and long, humor by jokes, funny and grave; "no" and "never" turn it round."""
+
+    dimensions = DIMENSIONS
+    threshold = 0.5
+    anchors = embed([anchor.text for anchor in ANCHORS])
+
+    def version(self) -> str:
+        return "words"
+
+    def values(self, clauses):
+        found = np.zeros((len(clauses), 2))
+        for row, clause in enumerate(clauses):
+            words = words_of(clause)
+            turned = -1 if {"no", "never"} & set(words) else 1
+            for word, (column, side) in {"short": (0, -1), "long": (0, 1), "jokes": (1, 1), "grave": (1, -1)}.items():
+                if word in words:
+                    found[row, column] = 0.98 * side * turned
+        return found
 
 
 @pytest.fixture
-def inferer(readout) -> Inferer:
-    return Inferer(embed, readout, ANCHORS, default_dimensions())
+def inferer() -> Inferer:
+    return Inferer(embed, WordReadOut(), ANCHORS, default_dimensions())
 
 
 def found(inferer, text):
@@ -71,7 +74,7 @@ def found(inferer, text):
         ("I drink tea.", {}),
         ("", {}),
         ("Short answers. No jokes!", {"verbosity": -1, "humor": -1}),
-        ("I like it short, but never without jokes.", {"verbosity": -1, "humor": 1}),
+        ("I like it short, but never any jokes.", {"verbosity": -1, "humor": -1}),
     ],
 )
 def test_weights_are_read_from_sentences_and_clauses(inferer, text, expected):
@@ -93,7 +96,7 @@ def test_of_two_opposite_statements_neither_wins(inferer):
 
 
 def test_a_stricter_threshold_leaves_more_alone(inferer):
-    assert inferer.infer("I like short answers.", threshold=0.9999999).weights == {}
+    assert inferer.infer("I like short answers.", threshold=0.99).weights == {}
 
 
 @pytest.mark.parametrize(
@@ -114,36 +117,6 @@ def test_what_is_no_text_is_refused(inferer):
     for text in ("x" * 5000, "nul \0"):
         with pytest.raises(UsageError):
             inferer.infer(text)
-
-
-# The read-out
-
-
-def test_features_stand_in_the_order_that_is_told():
-    seen = features(["no jokes"], embed, ("jokes", "tea"))
-    size = len(VOCABULARY)
-    jokes = SCALE * embed(["jokes"])[0]
-    np.testing.assert_array_equal(seen[0, : 3 * size], np.tile(jokes, 3))
-    assert seen[0, 3 * size :].tolist() == [-1, 1, 0, 1, 0]
-
-
-def test_a_read_out_comes_back_as_saved(readout, tmp_path):
-    file = tmp_path / "readout.safetensors"
-    readout.save(file)
-    back = load_readout(file)
-    assert (back.embedder, back.dimensions, back.words, back.threshold) == ("counting", DIMENSIONS, (), 0.5)
-    texts = ["short answers", "no jokes", "tea"]
-    np.testing.assert_allclose(back.values(texts, embed), readout.values(texts, embed), atol=1e-2)
-    assert back.version() == load_readout(file).version()
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no safetensors at all"])
-def test_a_file_that_is_no_read_out_is_told(tmp_path, content):
-    file = tmp_path / "readout.safetensors"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(UsageError, match="fit-readout"):
-        load_readout(file)
 
 
 # What is stored

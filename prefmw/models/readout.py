@@ -1,0 +1,181 @@
+"""The read-out: from a clause to the side of each dimension that its writer is on.
+
+N clauses, D hidden, K dimensions. Similarity of sentence embeddings says what a clause is about, not which side it
+takes: "no jokes" lies next to "jokes". So the read-out is a low-rank adapter on the embedder's own encoder and a linear
+head on its mean-pooled states, three outputs a dimension (negative pole, neither, positive pole); fitted by ``prefmw
+prefs fit-readout``, kept as safetensors with the anchor bank's embeddings, which explain what it finds.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from prefmw.errors import UsageError
+from prefmw.models.embedder import Embedder
+
+LONGEST = 128
+"""Tokens of a clause that are read."""
+
+BATCH = 64
+
+
+class LowRank(nn.Module):
+    """A weight plus B A of a low rank, as a parametrisation: y = (W + B A) x.
+
+    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, section 4.1, without its scale.
+    """
+
+    def __init__(self, rows: int, columns: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
+        self.b = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight, (rows, columns), with what was learned."""
+        return weight + self.b @ self.a
+
+
+class Reader(nn.Module):
+    """An encoder and a head: token ids to logits, (N, K, 3)."""
+
+    def __init__(self, encoder: nn.Module, width: int, dimensions: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, 3 * dimensions)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits of negative pole, neither, positive pole."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (N, T, D)
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        pooled = (states * mask).sum(1) / mask.sum(1)  # (N, D)
+        logits: Tensor = self.head(pooled)
+        return logits.unflatten(1, (-1, 3))
+
+
+def linear_layers(encoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that an adapter is put on: all of the encoder's blocks."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Linear) and "pooler" not in name:
+            yield name, module
+
+
+def sides(logits: Tensor) -> NDArray[np.float64]:
+    """Probability of the positive pole less the negative's, in [-1, 1]: (N, K, 3) to (N, K)."""
+    odds = logits.double().softmax(-1)
+    return np.asarray((odds[..., 2] - odds[..., 0]).numpy(), dtype=np.float64)
+
+
+class ReadOut:
+    """A fitted read-out; its encoder is put together when it is first used.
+
+    Args:
+        embedder: the one it was fitted to.
+        dimensions: K keys, in the order of its outputs.
+        threshold: the least size of a value that is a statement; what is smaller is abstained from.
+        tensors: ``head.weight`` (3 K, D), ``head.bias`` (3 K,), ``NAME.a`` and ``NAME.b`` for every linear layer, and
+            ``anchors``, the anchor bank's embeddings, (A, D).
+    """
+
+    def __init__(
+        self, embedder: Embedder, dimensions: Sequence[str], threshold: float, tensors: dict[str, Tensor]
+    ) -> None:
+        self.embedder = embedder
+        self.dimensions = tuple(dimensions)
+        self.threshold = threshold
+        self._tensors = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
+        self.anchors: NDArray[np.float32] = tensors["anchors"].float().numpy()
+        self._reader: Reader | None = None
+        self._lock = threading.Lock()
+
+    def version(self) -> str:
+        """A hash of all that its values depend on."""
+        digest = hashlib.sha256(repr((self.embedder.name, self.dimensions, self.threshold)).encode())
+        for name in sorted(self._tensors):
+            digest.update(self._tensors[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    def values(self, clauses: Sequence[str]) -> NDArray[np.float64]:
+        """Per clause and dimension, (N, K), the probability of the positive pole less the negative's, in [-1, 1]."""
+        with self._lock:
+            if self._reader is None:
+                self._reader = self._built()
+        found = [np.zeros((0, len(self.dimensions)))]
+        with torch.inference_mode():
+            for at in range(0, len(clauses), BATCH):
+                found.append(sides(self._reader(**self.embedder.tokens(clauses[at : at + BATCH], LONGEST))))
+        return np.concatenate(found)
+
+    def save(self, path: Path) -> None:
+        """Write it as float16 safetensors, with what it was fitted on beside the numbers."""
+        from safetensors.torch import save_file
+
+        about = {
+            "embedder": self.embedder.name,
+            "dimensions": json.dumps(self.dimensions),
+            "threshold": repr(self.threshold),
+        }
+        save_file({name: tensor.contiguous() for name, tensor in self._tensors.items()}, path, metadata=about)
+
+    def _built(self) -> Reader:
+        encoder = copy.deepcopy(self.embedder.encoder)
+        with torch.no_grad():
+            for name, layer in linear_layers(encoder):
+                layer.weight += (self._tensors[f"{name}.b"].float() @ self._tensors[f"{name}.a"].float()).to(
+                    layer.weight
+                )
+        reader = Reader(encoder, self._tensors["head.weight"].shape[1], len(self.dimensions))
+        reader.head.load_state_dict({key: self._tensors[f"head.{key}"].float() for key in ("weight", "bias")})
+        return reader.eval()
+
+
+def load_readout(path: Path, embedder: Embedder) -> ReadOut:
+    """Read what :meth:`ReadOut.save` wrote.
+
+    Raises:
+        UsageError: the file is not there, is no read-out, or was fitted to another embedder.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about: dict[str, Any] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        fitted_to, dimensions = about["embedder"], json.loads(about["dimensions"])
+        readout = ReadOut(embedder, dimensions, float(about["threshold"]), tensors)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UsageError(f"'{path}' is no read-out; make one with 'prefmw prefs fit-readout'") from error
+    if fitted_to != embedder.name:
+        raise UsageError(
+            f"the read-out '{path}' was fitted to {fitted_to}, not to {embedder.name}; fit one with 'prefmw prefs "
+            "fit-readout' and name it by the setting 'readout'"
+        )
+    return readout
+
+
+def adapted(encoder: nn.Module, rank: int) -> nn.Module:
+    """A copy of the encoder whose linear layers learn a low-rank change, and nothing else does."""
+    encoder = copy.deepcopy(encoder).requires_grad_(False)
+    for _, layer in list(linear_layers(encoder)):
+        parametrize.register_parametrization(layer, "weight", LowRank(*layer.weight.shape, rank))
+    return encoder
+
+
+def learned(encoder: nn.Module) -> dict[str, Tensor]:
+    """What :func:`adapted` layers learned, by the names that :class:`ReadOut` takes."""
+    found = {}
+    for name, layer in linear_layers(encoder):
+        change = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
+        found |= {f"{name}.a": change.a.detach(), f"{name}.b": change.b.detach()}
+    return found

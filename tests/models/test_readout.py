@@ -1,0 +1,133 @@
+"""The read-out on a small random encoder: what it learns, what it keeps, and that the embedder stays as it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from prefmw.errors import UsageError
+from prefmw.models.embedder import Embedder
+from prefmw.models.readout import ReadOut, adapted, learned, linear_layers, load_readout
+from prefmw.preferences import default_dimensions
+from prefmw.preferences.anchors import Anchor
+from prefmw.training import readout as training
+from prefmw.training.readout import Example, fit_readout
+
+WORDS = "long short jokes tea a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
+ANCHORS = [Anchor("short", "verbosity", -1), Anchor("long", "verbosity", 1), Anchor("tea", None, 0)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A sentence embedder of one block of width 32."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    home = tmp_path_factory.mktemp("embedder")
+    (home / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = BertTokenizerFast(str(home / "vocab.txt"))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(WORDS) + 5, **shape)
+    BertModel(config).save_pretrained(home / "bert")
+    tokenizer.save_pretrained(home / "bert")
+    transformer = Transformer(str(home / "bert"))
+    SentenceTransformer(modules=[transformer, Pooling(32)], device="cpu").save(str(home / "model"))
+    return str(home / "model")
+
+
+@pytest.fixture(scope="module")
+def embedder(folder) -> Embedder:
+    return Embedder(folder)
+
+
+@pytest.fixture(scope="module")
+def fitted(embedder) -> tuple[ReadOut, dict]:
+    """Fitted to a handful of words, many times over."""
+    made = [
+        Example(f"{word} {filler}", sides, 1.0, True)
+        for word, sides in (
+            ("short", {"verbosity": -1}),
+            ("long", {"verbosity": 1}),
+            ("jokes", {"humor": 1}),
+            ("tea", {}),
+        )
+        for filler in WORDS[4:]
+        for _ in range(6)
+    ]
+    original, training.examples = training.examples, lambda *_: made
+    try:
+        return fit_readout(embedder, ANCHORS, default_dimensions(), epochs=40)
+    finally:
+        training.examples = original
+
+
+def test_it_learns_which_side_a_word_is_on(fitted):
+    readout, measured = fitted
+    values = dict(zip(readout.dimensions, readout.values(["short a", "long b", "jokes c", "tea d"]).T, strict=True))
+    assert values["verbosity"].round().tolist() == [-1, 1, 0, 0]
+    assert values["humor"].round().tolist() == [0, 0, 1, 0]
+    assert measured["right_side"] > 0.95
+    assert 0.15 <= readout.threshold < 0.95
+    assert measured["held_out"] > 30
+
+
+def test_it_comes_back_as_saved(fitted, embedder, tmp_path):
+    readout, _ = fitted
+    file = tmp_path / "readout.safetensors"
+    readout.save(file)
+    back = load_readout(file, embedder)
+    texts = ["short a", "long b"]
+    np.testing.assert_array_equal(back.values(texts), readout.values(texts))
+    assert (back.dimensions, back.threshold, back.version()) == (
+        readout.dimensions,
+        readout.threshold,
+        readout.version(),
+    )
+    assert back.values([]).shape == (0, len(back.dimensions))
+
+
+def test_what_stands_beside_a_text_in_a_batch_changes_nothing(fitted):
+    readout, _ = fitted
+    alone = readout.values(["short a"])
+    among = readout.values(["short a", "long " * 90])[:1]
+    np.testing.assert_allclose(alone, among, atol=1e-5)
+
+
+def test_an_adapter_that_learned_nothing_changes_nothing(embedder):
+    encoder = adapted(embedder.encoder, rank=2)
+    tokens = embedder.tokens(["short a"], 16)
+    with torch.no_grad():
+        assert torch.equal(encoder(**tokens).last_hidden_state, embedder.encoder(**tokens).last_hidden_state)
+    assert {weight.shape[0] for name, weight in learned(encoder).items() if name.endswith(".a")} == {2}
+    assert not any(weight.requires_grad for name, weight in encoder.named_parameters() if name.endswith("original"))
+
+
+def test_the_embedder_stays_as_it_was(fitted, folder, embedder):
+    np.testing.assert_array_equal(embedder(["short a"]), Embedder(folder)(["short a"]))
+    assert all("parametrizations" not in name for name, _ in embedder.encoder.named_parameters())
+    assert len(list(linear_layers(embedder.encoder))) == 6
+
+
+def test_a_read_out_of_another_embedder_is_refused(fitted, tmp_path):
+    fitted[0].save(tmp_path / "r.safetensors")
+    with pytest.raises(UsageError, match="was fitted to"):
+        load_readout(tmp_path / "r.safetensors", Embedder("another"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors at all"])
+def test_a_file_that_is_no_read_out_is_told(tmp_path, embedder, content):
+    file = tmp_path / "readout.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UsageError, match="fit-readout"):
+        load_readout(file, embedder)
+
+
+def test_an_embedder_that_is_none_is_told(tmp_path):
+    from prefmw.errors import ModelNotFoundError
+
+    with pytest.raises(ModelNotFoundError, match="no sentence embedder"):
+        Embedder(str(tmp_path / "nothing"))(["a"])
