@@ -76,11 +76,12 @@ ARROWS = {
     "prefmw.alignment": (),
     "prefmw.decoding": ("prefmw.alignment",),
     "prefmw.models": ("prefmw.preferences",),
-    "prefmw.training": ("prefmw.preferences",),
+    "prefmw.training": ("prefmw.preferences", "prefmw.models"),
     "prefmw.evaluation": (
         "prefmw.preferences",
         "prefmw.alignment",
         "prefmw.decoding",
+        "prefmw.models",
         "prefmw.training",
         "prefmw.personalizer",
         "prefmw.reply",

@@ -61,7 +61,7 @@ class Reader(nn.Module):
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * mask).sum(1) / mask.sum(1)  # (N, D)
         logits: Tensor = self.head(pooled)
-        return logits.unflatten(1, (-1, 3))
+        return logits.view(len(logits), -1, 3)
 
 
 def linear_layers(encoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -168,14 +168,15 @@ def adapted(encoder: nn.Module, rank: int) -> nn.Module:
     """A copy of the encoder whose linear layers learn a low-rank change, and nothing else does."""
     encoder = copy.deepcopy(encoder).requires_grad_(False)
     for _, layer in list(linear_layers(encoder)):
-        parametrize.register_parametrization(layer, "weight", LowRank(*layer.weight.shape, rank))
+        rows, columns = layer.weight.shape
+        parametrize.register_parametrization(layer, "weight", LowRank(rows, columns, rank))
     return encoder
 
 
 def learned(encoder: nn.Module) -> dict[str, Tensor]:
     """What :func:`adapted` layers learned, by the names that :class:`ReadOut` takes."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, layer in linear_layers(encoder):
-        change = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
+        change: Any = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
         found |= {f"{name}.a": change.a.detach(), f"{name}.b": change.b.detach()}
     return found

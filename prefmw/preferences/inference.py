@@ -171,7 +171,7 @@ class Inferer:
                 )
             else:
                 # A clause is clearer than the sentence it stands in, where it says something by itself.
-                best = max(atoms or range(len(said)), key=lambda row: abs(sides[row]))  # noqa: B023
+                best = max(atoms or range(len(said)), key=lambda row: abs(sides[row]))
                 weights[dimension] = self._inferred(dimension, said[best].text, sides[best])
         return Inference(weights, conflicts)
 

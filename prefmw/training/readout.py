@@ -108,7 +108,8 @@ def fit_readout(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = adapted(embedder.encoder, RANK)
-        reader = Reader(encoder, embedder.encoder.config.hidden_size, len(keys))
+        config: Any = embedder.encoder.config
+        reader = Reader(encoder, config.hidden_size, len(keys))
         rest = np.flatnonzero(~held_out)
         _train(reader, embedder, [given[row] for row in rest], targets[rest], epochs, seed, progress)
     bank = torch.from_numpy(embedder([anchor.text for anchor in anchors]))
