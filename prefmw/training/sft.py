@@ -114,12 +114,12 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         ModelNotFoundError: the model to start from is not there.
     """
     _keep_freed_memory()
-    dtype = _fastest_dtype()
     start = Path(str(files("prefmw"))) / "assets" / recipe.model["start"] if "start" in recipe.model else None
     if start and not (start / "config.json").is_file():
         raise ModelNotFoundError(f"the recipe goes on from '{start.name}', which is not in this installation")
     digest = corpus_digest()
     _claim(out, recipe, digest)
+    dtype = _chosen_dtype(out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else _tokenizer(recipe, out)
     set_seed(recipe.seed)
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else _fresh(recipe, tokenizer)
@@ -190,6 +190,15 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     return folder, metrics
+
+
+def _chosen_dtype(out: Path) -> torch.dtype:
+    """The type that the run began in, measured at its beginning: one that goes on may not change it."""
+    saved = out / "checkpoints" / "dtype.txt"
+    if not saved.is_file():
+        saved.write_text(str(_fastest_dtype()).removeprefix("torch.") + "\n", encoding="utf-8")
+    chosen: torch.dtype = getattr(torch, saved.read_text(encoding="utf-8").strip())
+    return chosen
 
 
 def _fastest_dtype() -> torch.dtype:
