@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import platform
-import sys
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
 from prefmw.cli.options import JsonOption
-from prefmw.cli.output import print_json, print_table, progress
+from prefmw.cli.output import print_json, print_table, progress, progress_bar
 from prefmw.errors import UsageError
 
 app = typer.Typer(help="What steering and remembering cost, measured.", no_args_is_help=True)
@@ -33,8 +32,6 @@ def decode(
 ) -> None:
     """Time decoding: every method beside transformers' generate, two forwards a token, and classifier-free guidance."""
     import torch
-    from rich.console import Console
-    from rich.progress import Progress
 
     from prefmw.evaluation.decode_speed import check_methods, check_shape, measure, one_by_one, random_model
 
@@ -49,8 +46,7 @@ def decode(
     check_methods(names)
     kinds = [_dtype(kind) for kind in dtypes]
     rows: list[dict[str, Any]] = []
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar() as bar:
         ways = len(dict.fromkeys(("none", *names))) + 3
         task = bar.add_task("decoding", total=len(dtypes) * len(cases) * rounds * ways)
         for kind, dtype_ in zip(dtypes, kinds, strict=True):

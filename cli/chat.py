@@ -156,7 +156,7 @@ def chat(
         with loading(settings.model):
             from prefmw.personalizer import Options
 
-            options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed, learn=settings.learn)
+            options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed)
             personalizer = build_personalizer(settings, store)
             personalizer.plan(profile, options)  # a wrong flag is told before the weights load
             earlier = None

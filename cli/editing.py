@@ -58,7 +58,7 @@ def edit_profile(store: PreferenceStore, profile: Profile, reason: str) -> Profi
 
 def profile_toml(profile: Profile, dimensions: Dimensions) -> str:
     """What a person may change of a profile: persona, method, strengths and the weights they set themselves."""
-    own = {layer.dimension: layer.value for layer in profile.layers if layer.source is Source.user}
+    own = {key: weight.value for key, weight in profile.layer(Source.user).items()}
     lines = [
         f"# {profile.user_id}, revision {profile.revision}. Take the # from a line to set what it says.",
         "",
@@ -108,7 +108,7 @@ def read_profile(text: str, profile: Profile, dimensions: Dimensions) -> dict[st
     weights = _numbers(table, "weights")
     for name, strength in strengths.items():
         check_strength(check_method(name), strength)
-    own = {layer.dimension: layer.value for layer in profile.layers if layer.source is Source.user}
+    own = {key: weight.value for key, weight in profile.layer(Source.user).items()}
     for name, weight in weights.items():
         if name not in own or name in dimensions:  # a retired one may stay
             dimensions.named(name).check(weight)

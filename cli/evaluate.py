@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefmw.cli.options import JsonOption
-from prefmw.cli.output import loading, print_json, print_table, printable, progress
+from prefmw.cli.output import loading, print_json, print_table, printable, progress, progress_bar
 from prefmw.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
@@ -49,9 +48,6 @@ def steer(
     json: JsonOption = False,
 ) -> None:
     """Compare methods and controls: how often the style asked for is followed, and what it costs."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from prefmw.bootstrap import load_backend
     from prefmw.evaluation.plots import plot_strengths
     from prefmw.evaluation.second_opinion import SecondOpinion
@@ -73,8 +69,7 @@ def steer(
     with loading(settings.model):
         backend = load_backend(settings)
         judge = SecondOpinion() if second_opinion else None
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar() as bar:
         tasks = {row: bar.add_task(f"{row.label} t={row.temperature:g}", total=n * len(AXES)) for row in rows}
 
         def advance(row: Condition, count: int) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from prefmw.preferences import STRENGTHS, Dimensions, Profile, default_dimensions, principle_text
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
     from prefmw.preferences.inference import Inference
 
 
@@ -52,15 +54,21 @@ def loading(model: str) -> Iterator[None]:
             yield
 
 
+def progress_bar(*columns: str | ProgressColumn) -> Progress:
+    """A bar for long work, on stderr and on a terminal only; rich's own columns where none are given."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 @contextmanager
 def progress(unit: str) -> Iterator[Callable[[int], None]]:
     """A count on stderr while long work runs, on a terminal only; call it with how many more are done."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
+    from rich.progress import MofNCompleteColumn, SpinnerColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), f"{unit}", MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar(SpinnerColumn(), unit, MofNCompleteColumn(), TimeElapsedColumn()) as bar:
         task = bar.add_task(unit, total=None)
         yield lambda count: bar.advance(task, count)
 
@@ -68,11 +76,7 @@ def progress(unit: str) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def stages() -> Iterator[Callable[[str, float], None]]:
     """What long work is at, and how far, on stderr and on a terminal only; call it with both."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("", total=1.0)
         yield lambda what, share: bar.update(task, description=what, completed=share)
 

@@ -91,7 +91,7 @@ def infer(
 ) -> None:
     """Infer weights from words, and show the anchors they resemble. TEXT is only read; --user's weights are stored."""
     from prefmw.bootstrap import load_inferer
-    from prefmw.personalizer import infer_persona
+    from prefmw.personalizer import store_inference
     from prefmw.settings import load_settings
 
     if (text is None) == (user is None):
@@ -103,7 +103,7 @@ def infer(
         with opened_store(database) as store:
             profile = store.profile(str(user))
             found = inferer.infer(profile.persona)
-            profile = infer_persona(store, profile, inferer)
+            store_inference(store, profile, inferer, found)
     if json:
         print_json(found.as_json())
     else:

@@ -32,7 +32,7 @@ from prefmw.preferences import (
     check_text,
     principle_text,
 )
-from prefmw.preferences.inference import STRICT, Inferer
+from prefmw.preferences.inference import STRICT, Inference, Inferer
 from prefmw.preferences.profile import MAX_PERSONA
 from prefmw.reply import Plan, Reply, ReplyStream, Timing
 
@@ -56,7 +56,6 @@ class Options:
     max_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    learn: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Personalizer:
         defaults: what applies where neither call nor user says otherwise.
         inferer: loads what reads preferences out of words, when it is first needed.
         infers: infer weights from a persona that none were inferred from yet.
-        learns: take a preference that a user states in a message as theirs, unless the call says otherwise.
+        learns: take a preference that a user states in a message as theirs.
     """
 
     def __init__(
@@ -172,7 +171,7 @@ class Personalizer:
             raise UsageError(
                 "there is nothing to answer: the conversation ends with a user's message that is not empty"
             )
-        profile, heard = self.reread(self._store.profile(user_id), messages[-1].content, options)
+        profile, heard = self.reread(self._store.profile(user_id), messages[-1].content)
         plan = self.plan(profile, options)
         chat, engine = self._backend()
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
@@ -222,7 +221,7 @@ class Personalizer:
                 pass
         return stream.reply
 
-    def reread(self, profile: Profile, message: str, options: Options) -> tuple[Profile, list[str]]:
+    def reread(self, profile: Profile, message: str) -> tuple[Profile, list[str]]:
         """The profile with what its persona says, where that was not read yet, and with what the user's own ``message``
         says, where they are listened to; and what there is to tell of it.
 
@@ -231,12 +230,11 @@ class Personalizer:
         notices: list[str] = []
         if self._inferer is None:
             return profile, notices
-        learns = self._learns if options.learn is None else options.learn
         try:
             inferer = self._inferer()
             if self._infers and (profile.persona or profile.inferred_from):
                 profile = infer_persona(self._store, profile, inferer)
-            if learns:
+            if self._learns:
                 profile, notices = learn_from(self._store, profile, message, inferer, self._dimensions)
         except MissingExtraError as error:
             notices.append(f"no preference was read out of words: {error}")
@@ -304,14 +302,21 @@ def infer_persona(store: PreferenceStore, profile: Profile, inferer: Inferer) ->
         ConflictError: it changed meanwhile.
         MissingExtraError: there is no embedder.
     """
-    key = inferer.key(profile.persona)
-    if profile.inferred_from == key:
+    if profile.inferred_from == inferer.key(profile.persona):
         return profile
-    found = inferer.infer(profile.persona)
+    return store_inference(store, profile, inferer, inferer.infer(profile.persona))
+
+
+def store_inference(store: PreferenceStore, profile: Profile, inferer: Inferer, found: Inference) -> Profile:
+    """The profile with what its persona was ``found`` to state as its inferred layers.
+
+    Raises:
+        ConflictError: it changed meanwhile.
+    """
     return store.write_inferred(
         profile.user_id,
         {dimension: one.stated for dimension, one in found.weights.items()},
-        inferred_from=key,
+        inferred_from=inferer.key(profile.persona),
         actor="prefmw",
         reason="inferred from the persona",
         expected_revision=profile.revision,
@@ -350,8 +355,8 @@ def learn_from(
 
 def _is_news(profile: Profile, dimension: str, value: float) -> bool:
     """Whether a weight says other than what was learned before."""
-    before = [layer.value for layer in profile.layers if (layer.dimension, layer.source) == (dimension, Source.learned)]
-    return not before or before[0] * value < 0 or abs(before[0] - value) > 0.2
+    before = profile.layer(Source.learned).get(dimension)
+    return before is None or before.value * value < 0 or abs(before.value - value) > 0.2
 
 
 def _notices(plan: Plan, options: Options, user_id: str) -> list[str]:

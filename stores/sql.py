@@ -202,7 +202,7 @@ class SQLPreferenceStore:
         """Replace every inferred layer by these and note what they were read from, which alone makes no revision."""
         with self._database.writing() as connection:
             before = self._lock(connection, user_id, expected_revision)
-            stale = {layer.dimension: None for layer in before.layers if layer.source is Source.inferred}
+            stale = dict.fromkeys(before.layer(Source.inferred))
             after = _with_layers(before, {**stale, **weights}, Source.inferred)
             return self._write(connection, before, replace(after, inferred_from=inferred_from), actor, reason)
 

@@ -81,6 +81,10 @@ class Profile:
             effective[weight.dimension] = weight
         return effective
 
+    def layer(self, source: Source) -> dict[str, Weight]:
+        """What one source says, by dimension, whether or not it is in effect."""
+        return {weight.dimension: weight for weight in self.layers if weight.source is source}
+
 
 @dataclass(frozen=True)
 class Revision:
