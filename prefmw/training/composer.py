@@ -12,11 +12,11 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from prefmw.preferences import Message, default_dimensions
 from prefmw.preferences.principle import PERSONA_SENTENCE
-from prefmw.training.styles import AXES, Split, Styles, Talk, load_styles, load_talk, pole_name
+from prefmw.training.styles import AXES, Split, Styles, Talk, Wordings, load_styles, load_talk, pole_name
 from prefmw.training.topics import Fact, Topic, load_topics
 
 FOLLOW_RATE = 0.8
@@ -64,22 +64,31 @@ class Answer:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation that ends with an answer; ``answers`` are its assistant's turns, in order."""
+    """A conversation that ends with an answer; ``answers`` are its assistant's turns, in order. ``sources`` are, for
+    every message, the sentences of the data files that it was made from, whole where the message lost some words.
+    """
 
     messages: tuple[Message, ...]
     answers: tuple[Answer, ...]
+    sources: tuple[tuple[str, ...], ...]
 
 
 @dataclass
 class _State:
-    """One conversation in the making: what was asked, about what, what has been said, and how many facts an answer may
-    tell.
+    """One conversation in the making: what was asked, about what, which facts have been told, how many of them an
+    answer may tell, and what has been said.
     """
 
     points: int | None = None
     asked: dict[str, int] = field(default_factory=dict)
     topic: Topic | None = None
     told: set[int] = field(default_factory=set)
+    messages: list[Message] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    sources: list[tuple[str, ...]] = field(default_factory=list)
+
+    def chat(self) -> Chat:
+        return Chat(tuple(self.messages), tuple(self.answers), tuple(self.sources))
 
 
 class Composer:
@@ -96,6 +105,7 @@ class Composer:
         self.split = split
         self.random = random.Random(f"{split}:{seed}")
         self._follow_rate = follow_rate
+        self._drawn: list[str] = []  # what the message in the making is made from
         self.topics = load_topics()
         self._styles: Styles = load_styles()
         self._talk: Talk = load_talk()
@@ -120,38 +130,29 @@ class Composer:
         turns = 1 if short else rng.choices((1, 2, 3, rng.randint(4, 12)), (0.55, 0.27, 0.14, 0.04))[0]
         state.topic = rng.choice(self.topics)
         style = self.draw_style(state.topic)
-        messages: list[Message] = []
-        in_user = ""
-        if style:
-            place = rng.choices(("system", "user"), (0.75, 0.25))[0]
-            if place == "system":
-                messages.append(Message("system", self.system_prompt(style)))
-            else:
-                in_user = self.plain_request(style)
-        if not messages and rng.random() < 0.3:
-            messages.append(Message("system", self._one(self._talk.small["system"]["plain"])))
+        in_system = bool(style) and rng.random() < 0.75
+        if in_system:
+            self._says(state, "system", self.system_prompt(style))
+        elif rng.random() < 0.3:
+            self._says(state, "system", self._one(self._talk.small["system"]["plain"]))
         state.asked.update(style)
-        answers: list[Answer] = []
         for turn in range(turns):
             question = self._turn(state, first=turn == 0)
-            if turn == 0 and in_user:
-                question = f"{in_user} {question}" if rng.random() < 0.5 else f"{question} {in_user}"
+            if turn == 0 and style and not in_system:
+                request = self.plain_request(style)
+                question = f"{request} {question}" if rng.random() < 0.5 else f"{question} {request}"
             elif turn > 0 and rng.random() < 0.12:
                 question = f"{question} {self._changed_mind(state)}"
-            answer = self._reply(state)
-            messages += [Message("user", question), Message("assistant", answer.text)]
-            answers.append(answer)
-        return Chat(tuple(messages), tuple(answers))
+            self._exchange(state, question, self._reply(state))
+        return state.chat()
 
     def small_chat(self, *, short: bool = False) -> Chat:
         """Small talk, or a question beyond the topics, alone or followed by one within them."""
         rng, state = self.random, _State(points=1 if short else None)
-        messages: list[Message] = []
         if rng.random() < 0.5:
             state.asked.update(self.draw_style(None))
             if state.asked:
-                messages.append(Message("system", self.system_prompt(state.asked)))
-        answers: list[Answer] = []
+                self._says(state, "system", self.system_prompt(state.asked))
         for turn in range(1 if short else rng.choices((1, 2, 3), (0.6, 0.3, 0.1))[0]):
             if turn and rng.random() < 0.5:
                 state.topic, state.told = rng.choice(self._allowed_topics(state.asked)), set()
@@ -159,9 +160,8 @@ class Composer:
             else:
                 question, text = self.unknown() if rng.random() < 0.65 else self._small_talk()
                 answer = Answer(text, None, dict(state.asked), {})
-            messages += [Message("user", question), Message("assistant", answer.text)]
-            answers.append(answer)
-        return Chat(tuple(messages), tuple(answers))
+            self._exchange(state, question, answer)
+        return state.chat()
 
     def style_chat(self, *, short: bool = False) -> Chat:
         """Asked how it will answer, the model says which poles it was asked for; now and then it then answers so."""
@@ -169,24 +169,19 @@ class Composer:
         state.topic = rng.choice(self.topics)
         while not state.asked:
             state.asked.update(self.draw_style(state.topic))
-        messages: list[Message] = []
         about = self._one(("own", "likes"))
         asking = self._one(self._talk.small["style"][about])
-        plain = rng.random() < 0.08
-        if plain:
+        if rng.random() < 0.08:
             state.asked.clear()
         elif rng.random() < 0.75:
-            messages.append(Message("system", self.system_prompt(state.asked)))
+            self._says(state, "system", self.system_prompt(state.asked))
         else:
             asking = f"{self.plain_request(state.asked)} {asking}"
         answer = Answer(self.described_style(state.asked, about), None, dict(state.asked), {})
-        messages += [Message("user", asking), Message("assistant", answer.text)]
-        answers = [answer]
+        self._exchange(state, asking, answer)
         if rng.random() < 0.2:
-            question, answer = self._turn(state, first=True), self._reply(state)
-            messages += [Message("user", question), Message("assistant", answer.text)]
-            answers.append(answer)
-        return Chat(tuple(messages), tuple(answers))
+            self._exchange(state, self._turn(state, first=True), self._reply(state))
+        return state.chat()
 
     def topic_chat(self, *, short: bool = False) -> Chat:
         """Asked what a question is about, the model names the topic, or says that it is none of its own."""
@@ -196,8 +191,9 @@ class Composer:
         else:
             topic = rng.choice(self.topics)
             question, text = self._typed(self.question(topic)), self._one(forms["answers"]).format(title=topic.title)
-        asked = self._one(forms["asking"]).format(question=question)
-        return Chat((Message("user", asked), Message("assistant", text)), (Answer(text, None, {}, {}),))
+        state = _State()
+        self._exchange(state, self._one(forms["asking"]).format(question=question), Answer(text, None, {}, {}))
+        return state.chat()
 
     def described_style(self, style: Style, about: str = "own") -> str:
         """What the model says of its ``own`` answers, or of what its reader ``likes``."""
@@ -242,16 +238,17 @@ class Composer:
 
     def principles(self, style: Style) -> str:
         """The pole sentences of ``style``, as :func:`prefmw.preferences.principle_text` writes them, in any order."""
-        names = [pole_name(axis, sign) for axis, sign in style.items()]
-        return " ".join(self._principles[name] for name in names)
+        sentences = [self._principles[pole_name(axis, sign)] for axis, sign in style.items()]
+        self._drawn += sentences
+        return " ".join(sentences)
 
     def persona(self, axis: str, sign: int) -> str:
         """What somebody's stored persona might say who wants this pole."""
         words = self._styles.wordings[self.split][pole_name(axis, sign)]
         form = self.random.random()
-        if form < 0.2:
-            return self._worn(self._one(words.requests)).rstrip(".")
-        text = self._worn(self._one(words.personas if form < 0.5 else words.indirect))
+        if form < 0.3:
+            return self._worn(self._request(words)).rstrip(".")
+        text = self._worn(self._one(words.personas if form < 0.55 else words.indirect))
         return text if form < 0.85 else f"I'm {text}"
 
     def plain_request(self, style: Style, *, system: bool = False) -> str:
@@ -261,12 +258,16 @@ class Composer:
             words = self._styles.wordings[self.split][pole_name(axis, sign)]
             form = self.random.random()
             if form < 0.5 or len(parts) == 2:
-                parts.append(self._worn(self._one(words.requests)))
+                parts.append(self._worn(self._request(words)))
             else:
                 described = self._one(self._talk.small["described"]["system" if system else "user"])
                 persona = self._worn(self._one(words.personas if form < 0.7 else words.indirect))
                 parts.append(described.format(persona=persona))
         return " ".join(parts)
+
+    def _request(self, words: Wordings) -> str:
+        """An instruction, or what somebody says who wants the pole."""
+        return self._one(words.statements if words.statements and self.random.random() < 0.5 else words.requests)
 
     def question(self, topic: Topic) -> str:
         """A first question about ``topic``."""
@@ -361,6 +362,16 @@ class Composer:
 
     # Conversation.
 
+    def _says(self, state: _State, role: Literal["system", "user", "assistant"], text: str) -> None:
+        state.messages.append(Message(role, text))
+        state.sources.append(tuple(self._drawn))
+        self._drawn.clear()
+
+    def _exchange(self, state: _State, question: str, answer: Answer) -> None:
+        self._says(state, "user", question)
+        self._says(state, "assistant", answer.text)
+        state.answers.append(answer)
+
     def _turn(self, state: _State, *, first: bool) -> str:
         """The user's next words, and what they do to ``state``."""
         rng = self.random
@@ -380,7 +391,7 @@ class Composer:
             axis, sign = self._one(AXES), self._one((-1, 1))
             if self.split != "train" or self._is_seen({**state.asked, axis: sign}, state.topic):
                 state.asked[axis] = sign
-                return self._one(self._styles.wordings[self.split][pole_name(axis, sign)].requests)
+                return self._worn(self._one(self._styles.wordings[self.split][pole_name(axis, sign)].requests))
         return ""
 
     def _reply(self, state: _State) -> Answer:
@@ -399,6 +410,7 @@ class Composer:
         """In training, most times, with some of its words lost, up to that share: so that a meaning is learned from all
         the words that carry it, not from a sentence known by heart. Words that turn a meaning round are never lost.
         """
+        self._drawn.append(text)
         if self.split != "train":
             return text
         lost = most * self._one((0.0, 0.0, 0.5, 1.0))

@@ -89,6 +89,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Args:
         model: its two-dimensional weights outside the embeddings go to Muon, all others to AdamW.
+        heads: a part of it whose weights all go to AdamW.
         learning_rate: of both; Muon's updates are scaled to the size of AdamW's.
         weight_decay: Muon's; embeddings and norms have none.
         beta2: AdamW's.
@@ -98,6 +99,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
+        heads: nn.Module | None = None,
         *,
         learning_rate: float,
         weight_decay: float,
@@ -105,9 +107,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        apart = embeddings | {id(weight) for weight in (heads.parameters() if heads else ())}
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        inner = [weight for weight in weights if weight.ndim == 2 and id(weight) not in embeddings]
-        rest = [weight for weight in weights if weight.ndim != 2 or id(weight) in embeddings]
+        inner = [weight for weight in weights if weight.ndim == 2 and id(weight) not in apart]
+        rest = [weight for weight in weights if weight.ndim != 2 or id(weight) in apart]
         self._muon = Muon(inner, lr=learning_rate, weight_decay=weight_decay, dtype=dtype)
         self._adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, beta2), weight_decay=0.0)
         super().__init__([{"params": weights}], {"lr": learning_rate})

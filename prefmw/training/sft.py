@@ -14,14 +14,15 @@ import random
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -38,7 +39,9 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefmw.errors import ModelNotFoundError, UsageError
+from prefmw.models.embedder import Embedder
 from prefmw.training.composer import Chat, Composer
+from prefmw.training.guide import Guide, Sources, begin_embeddings
 from prefmw.training.optimizer import MuonWithAdamW
 from prefmw.training.tokenizer import END, PAD, encode_chat, train_tokenizer
 
@@ -50,6 +53,7 @@ SHAPE_STEP = 32
 """Lengths are rounded up to multiples of this in bf16: oneDNN compiles its products anew for every shape it meets."""
 
 _COMPOSING = ("composer", "styles", "topics", "tokenizer")
+"""The modules that decide what is in the corpus."""
 
 EAGER = 400
 """Tokens up to which plain products beat PyTorch's fused attention on a CPU, whose backward pass is slow."""
@@ -57,6 +61,7 @@ EAGER = 400
 _NEEDED = {
     "corpus": {"short_chats", "chats", "held_out", "follow_rate"},
     "optimizer": {"learning_rate", "warmup_steps", "weight_decay", "beta2", "batch_tokens", "epochs"},
+    "guide": {"embeddings", "layer", "meaning", "labels"},
 }
 
 SAVE_STEPS = 200
@@ -68,6 +73,7 @@ class Recipe:
     """What is trained, on what, and how; see ``recipes/tiny.toml``.
 
     ``model`` is a shape to start from nothing with, or ``start``, an embedded model to go on from with its tokenizer.
+    ``guide`` is :mod:`prefmw.training.guide`'s; without it the model learns from the next token alone.
     """
 
     name: str
@@ -76,6 +82,7 @@ class Recipe:
     tokenizer: dict[str, Any]
     model: dict[str, Any]
     optimizer: dict[str, Any]
+    guide: dict[str, Any] = field(default_factory=dict)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -89,7 +96,7 @@ def load_recipe(name: str) -> Recipe:
         recipe = Recipe(**tomllib.loads(path.read_text(encoding="utf-8")))
         for part, keys in _NEEDED.items():
             table = getattr(recipe, part)
-            if missing := sorted(keys - set(table)):
+            if (missing := sorted(keys - set(table))) and (table or part != "guide"):
                 raise TypeError(f"[{part}] lacks {', '.join(missing)}")
     except OSError as error:
         known = sorted(file.stem for file in path.parent.glob("*.toml")) if not name.endswith(".toml") else []
@@ -112,6 +119,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     Raises:
         UsageError: ``out`` holds a run of another recipe.
         ModelNotFoundError: the model to start from is not there.
+        MissingExtraError: the guide's embedder is not installed.
     """
     _keep_freed_memory()
     start = Path(str(files("prefmw"))) / "assets" / recipe.model["start"] if "start" in recipe.model else None
@@ -125,12 +133,14 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else _fresh(recipe, tokenizer)
     pad, context = tokenizer.convert_tokens_to_ids(PAD), model.config.max_position_embeddings
     composer, corpus = Composer("train", seed=recipe.seed, follow_rate=recipe.corpus["follow_rate"]), recipe.corpus
+    sources = Sources() if recipe.guide else None
     with Progress(console=Console(file=sys.stderr), disable=not progress) as bar:
         composed = partial(bar.track, description="composing")
-        short = _Encoded(
-            composed(composer.chats(corpus["short_chats"], short=True), corpus["short_chats"]), tokenizer, context
-        )
-        whole = _Encoded(composed(composer.chats(corpus["chats"]), corpus["chats"]), tokenizer, context)
+        chats = composed(composer.chats(corpus["short_chats"], short=True), corpus["short_chats"])
+        short = _Encoded(chats, tokenizer, context, sources)
+        whole = _Encoded(composed(composer.chats(corpus["chats"]), corpus["chats"]), tokenizer, context, sources)
+        if sources:
+            model.guide = _guide(recipe, model, tokenizer, sources, partial(bar.track, description="reading"))
     held_out = _Encoded(Composer("dev", seed=recipe.seed).chats(corpus["held_out"]), tokenizer, context)
     optimizer = recipe.optimizer
     step = SHAPE_STEP if dtype == torch.bfloat16 else 1
@@ -151,9 +161,11 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         report_to=[],
         seed=recipe.seed,
         dataloader_pin_memory=False,
+        remove_unused_columns=False,
     )
     steps = MuonWithAdamW(
         model,
+        getattr(model, "guide", None),
         learning_rate=optimizer["learning_rate"],
         weight_decay=optimizer["weight_decay"],
         beta2=optimizer["beta2"],
@@ -177,6 +189,8 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         trainer.add_callback(_Bar())
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(out / "checkpoints"))
     held_out_loss = trainer.evaluate()["eval_loss"]
+    if sources:
+        del model.guide
     folder = _export(model, tokenizer, out / "model")
     metrics = {
         "recipe": asdict(recipe),
@@ -286,14 +300,38 @@ def _tokenizer(recipe: Recipe, out: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-class _Encoded(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Chats as token ids and labels, those beyond the context left out."""
+def _guide(
+    recipe: Recipe,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    sources: Sources,
+    progress: Callable[[list[list[str]]], Iterable[list[str]]],
+) -> Guide:
+    """The model's embeddings begun, and the heads that it learns with."""
+    guide, embed, texts = recipe.guide, Embedder(), list(sources.texts)
+    begin_embeddings(model.model.embed_tokens, tokenizer, embed, guide["embeddings"])
+    parts = progress([texts[at : at + 256] for at in range(0, len(texts), 256)])
+    meanings = torch.from_numpy(np.concatenate([embed(part) for part in parts]))
+    return Guide(model.config.hidden_size, guide["layer"], meanings, meaning=guide["meaning"], labels=guide["labels"])
 
-    def __init__(self, chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast, context: int) -> None:
-        pairs = (encode_chat(chat.messages, tokenizer) for chat in chats)
-        kept = [(ids, said) for ids, said in pairs if len(ids) <= context]  # ids are below 32,768
-        self.ids = [torch.tensor(ids, dtype=torch.int16) for ids, _ in kept]
-        self._said = [torch.tensor(said) for _, said in kept]
+
+class _Encoded(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Chats as token ids and labels, with what they teach ``sources``' guide, those beyond the context left out."""
+
+    def __init__(
+        self, chats: Iterable[Chat], tokenizer: PreTrainedTokenizerFast, context: int, sources: Sources | None = None
+    ) -> None:
+        self.ids: list[Tensor] = []
+        self._said: list[Tensor] = []
+        self._lessons: list[dict[str, Tensor]] = []
+        for chat in chats:
+            ids, said = encode_chat(chat.messages, tokenizer)
+            if len(ids) > context:
+                continue
+            self.ids.append(torch.tensor(ids, dtype=torch.int16))  # ids are below 32,768
+            self._said.append(torch.tensor(said))
+            ends = [at for at, token in enumerate(ids) if token == tokenizer.eos_token_id]
+            self._lessons.append(sources.lessons(chat, ends) if sources else {})
         self.lengths = [len(ids) for ids in self.ids]
 
     def __len__(self) -> int:
@@ -301,19 +339,24 @@ class _Encoded(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids = self.ids[index].long()
-        return {"input_ids": ids, "labels": torch.where(self._said[index], ids, IGNORED)}
+        return {"input_ids": ids, "labels": torch.where(self._said[index], ids, IGNORED), **self._lessons[index]}
 
 
 def _collate(rows: Sequence[dict[str, Tensor]], pad: int, step: int) -> dict[str, Tensor]:
     """Rows (T,) padded on the right to (B, T), T a multiple of ``step``. Causal attention never looks behind a row,
-    so no mask is needed.
+    so no mask is needed. Lessons come one below the other, their places counted through the whole batch.
     """
     length = max(len(row["input_ids"]) for row in rows)
     length += -length % step
     batch = {"input_ids": torch.full((len(rows), length), pad), "labels": torch.full((len(rows), length), IGNORED)}
     for index, row in enumerate(rows):
-        for key, values in row.items():
-            batch[key][index, : len(values)] = values
+        for key in ("input_ids", "labels"):
+            batch[key][index, : len(row[key])] = row[key]
+    for key in set(rows[0]) - set(batch):
+        lessons = [row[key].long() for row in rows]
+        for index, lesson in enumerate(lessons):
+            lesson[:, 0] += index * length
+        batch[key] = torch.cat(lessons)
     return batch
 
 
@@ -367,9 +410,12 @@ class _Trainer(Trainer):  # type: ignore[misc]
         targets = labels.flatten()[learned]
         targets[count:] = IGNORED
         with self.accelerator.autocast():
-            hidden = inner.model(input_ids=inputs["input_ids"]).last_hidden_state  # (B, T, D)
-            logits = inner.lm_head(hidden.flatten(0, 1)[learned])  # (N, V)
+            output = inner.model(input_ids=inputs["input_ids"], output_hidden_states="sources" in inputs)
+            logits = inner.lm_head(output.last_hidden_state.flatten(0, 1)[learned])  # (N, V)
         loss = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+        if "sources" in inputs:
+            hidden = output.hidden_states[inner.guide.layer].flatten(0, 1)  # (B T, D)
+            loss = loss + inner.guide(hidden, inputs["sources"], inputs["answers"])
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:

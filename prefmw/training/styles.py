@@ -9,7 +9,7 @@ corpus never asks for together.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -39,12 +39,14 @@ class Wordings:
     """Ways to ask for one pole.
 
     ``requests`` are instructions; ``personas`` noun phrases that state the liking; ``indirect`` noun phrases that only
-    imply it ("a surgeon between two operations").
+    imply it ("a surgeon between two operations"). ``statements``, in training alone, are what people say who want it;
+    the read-out of preferences learns from the same.
     """
 
     requests: tuple[str, ...]
     personas: tuple[str, ...]
     indirect: tuple[str, ...]
+    statements: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Styles:
 
 @cache
 def load_styles() -> Styles:
-    """All of ``style_files/``."""
+    """All of ``style_files/``, and the statements of ``preference_files/``."""
     wordings: dict[Split, dict[str, Wordings]] = {split: {} for split in SPLITS}
     for axis in AXES:
         table = _read("style_files", f"{axis}.toml")
@@ -75,6 +77,12 @@ def load_styles() -> Styles:
             for split in SPLITS:
                 part = table[pole][split]
                 wordings[split][pole] = Wordings(*(tuple(part[k]) for k in ("requests", "personas", "indirect")))
+    held_out = {_plain(text) for split in ("dev", "test") for words in wordings[split].values() for text in _all(words)}
+    for axis in AXES:
+        table = _read("preference_files", f"{axis}.toml")
+        for pole in POLES[axis]:
+            said = tuple(text for text in table[pole]["statements"] if _plain(text) not in held_out)
+            wordings["train"][pole] = replace(wordings["train"][pole], statements=said)
     unseen = _read("style_files", "unseen.toml")["pairs"]
     pairs: dict[Split, tuple[frozenset[str], ...]] = {"train": ()}
     for split in ("dev", "test"):
@@ -94,6 +102,15 @@ class Talk:
 def load_talk() -> Talk:
     """All of ``talk_files/``."""
     return Talk(_read("talk_files", "small_talk.toml"), _read("talk_files", "unknown.toml"))
+
+
+def _all(words: Wordings) -> tuple[str, ...]:
+    return (*words.requests, *words.personas, *words.indirect)
+
+
+def _plain(text: str) -> str:
+    """Its letters alone, for comparing."""
+    return "".join(character for character in text.casefold() if character.isalnum())
 
 
 def _read(folder: str, name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def small(**changes) -> Recipe:
     tiny = load_recipe("tiny")
     return dataclasses.replace(
         tiny,
-        corpus={**tiny.corpus, "short_chats": 40, "chats": 60, "held_out": 8},
+        corpus={**tiny.corpus, "short_chats": 40, "chats": 90, "held_out": 8},
         tokenizer={"vocabulary": 600, "chats": 200},
         model={
             **tiny.model,
@@ -34,6 +34,7 @@ def small(**changes) -> Recipe:
             "num_key_value_heads": 2,
         },
         optimizer={**tiny.optimizer, "batch_tokens": 1024, "warmup_steps": 2},
+        guide={**tiny.guide, "layer": 1},
         **changes,
     )
 
