@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from prefmw.cli.options import actor
+from prefmw.cli.options import actor, registry
 from prefmw.cli.output import say
 from prefmw.errors import UsageError
 from prefmw.preferences import (
@@ -29,7 +29,6 @@ from prefmw.preferences import (
     check_method,
     check_persona,
     check_strength,
-    default_dimensions,
 )
 
 
@@ -42,7 +41,7 @@ def edit_profile(store: PreferenceStore, profile: Profile, reason: str) -> Profi
     """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UsageError("nothing to change; give --persona, --method, --strength or --clear-strengths")
-    dimensions = default_dimensions()
+    dimensions = registry()
     text = profile_toml(profile, dimensions)
     while True:
         text = edited(text, "profile.toml")

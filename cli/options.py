@@ -12,7 +12,7 @@ import typer
 from prefmw.errors import UsageError
 
 if TYPE_CHECKING:
-    from prefmw.preferences import PreferenceStore, Stated
+    from prefmw.preferences import Dimensions, PreferenceStore, Stated
 
 DatabaseOption = Annotated[
     str | None,
@@ -44,16 +44,24 @@ def actor() -> str:
         return "cli"
 
 
+def registry() -> Dimensions:
+    """The dimensions that environment and config file name, by default the shipped ones."""
+    from prefmw.bootstrap import load_dimensions
+    from prefmw.settings import load_settings
+
+    return load_dimensions(load_settings())
+
+
 def parse_weight(item: str) -> tuple[str, Stated]:
     """A dimension and its weight from ``verbosity=-0.6``.
 
     Raises:
         UsageError: there is no such dimension, no number, or one that the dimension does not take.
     """
-    from prefmw.preferences import Stated, default_dimensions
+    from prefmw.preferences import Stated
 
     name, equals, number = item.partition("=")
-    dimension = default_dimensions().named(name.strip())
+    dimension = registry().named(name.strip())
     try:
         value = float(number)
     except ValueError as error:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
-from prefmw.preferences import STRENGTHS, Dimensions, Profile, default_dimensions, principle_text
+from prefmw.cli.options import registry
+from prefmw.preferences import STRENGTHS, Dimensions, Profile, principle_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -142,9 +143,9 @@ def profile_json(profile: Profile, dimensions: Dimensions) -> dict[str, Any]:
 def show_profile(profile: Profile, json: bool) -> None:
     """A profile on stdout, for a program or a person."""
     if json:
-        print_json(profile_json(profile, default_dimensions()))
+        print_json(profile_json(profile, registry()))
     else:
-        print_profile(profile, default_dimensions())
+        print_profile(profile, registry())
 
 
 def print_profile(profile: Profile, dimensions: Dimensions, file: TextIO | None = None) -> None:

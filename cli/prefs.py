@@ -16,10 +16,11 @@ from prefmw.cli.options import (
     actor,
     opened_store,
     parse_weight,
+    registry,
 )
 from prefmw.cli.output import print_inference, print_json, print_table, say, shorten, show_profile, stages
 from prefmw.errors import UsageError
-from prefmw.preferences import Source, default_dimensions
+from prefmw.preferences import Source
 
 app = typer.Typer(help="A user's preferences: numbers one can read and edit.", no_args_is_help=True)
 
@@ -67,10 +68,11 @@ def unset_weights(
     source = _layer(as_admin)
     with opened_store(database) as store:
         before = store.profile(user_id)
-        known = {*default_dimensions(), *(layer.dimension for layer in before.layers)}  # a retired one can be unset
+        dimensions = registry()
+        known = {*dimensions, *(layer.dimension for layer in before.layers)}  # a retired one can be unset
         for name in names:
             if name not in known:
-                default_dimensions().named(name)
+                dimensions.named(name)
         profile = store.write_weights(user_id, dict.fromkeys(names), source=source, actor=actor(), reason=reason)
     for name in names:
         if left := profile.weights.get(name):
@@ -107,7 +109,7 @@ def infer(
     if json:
         print_json(found.as_json())
     else:
-        print_inference(found, default_dimensions())
+        print_inference(found, registry())
 
 
 @app.command("fit-readout")
@@ -121,15 +123,16 @@ def fit_readout(
 ) -> None:
     """Fit the read-out that turns similarities into weights, and print what cross-validation says of it."""
     from prefmw.models.embedder import Embedder
-    from prefmw.preferences.anchors import default_anchors
+    from prefmw.preferences.anchors import anchor_bank
     from prefmw.settings import load_settings
     from prefmw.training.readout import fit_readout as fit
 
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise UsageError(f"'{out}' is no path for a read-out: a folder that exists, and an ending in .safetensors")
     name = load_settings({"embedder": embedder}).embedder
+    dimensions = registry()
     with stages() as tell:
-        readout, measured = fit(Embedder(name), default_anchors(), default_dimensions(), seed=seed, progress=tell)
+        readout, measured = fit(Embedder(name), anchor_bank(dimensions), dimensions, seed=seed, progress=tell)
     readout.save(out)
     if json:
         print_json({"readout": str(out), "embedder": name, **measured})
@@ -184,9 +187,9 @@ def revert(
 @app.command()
 def dimensions(json: JsonOption = False) -> None:
     """List the dimensions that a preference can be set on, and the sentence that asks a model for each pole."""
-    registry = default_dimensions()
+    known = registry()
     if json:
-        print_json({key: asdict(dimension) for key, dimension in registry.items()})
+        print_json({key: asdict(dimension) for key, dimension in known.items()})
         return
     rows = [
         [
@@ -195,7 +198,7 @@ def dimensions(json: JsonOption = False) -> None:
             dimension.kind if weight < 0 or not dimension.negative else "",
             pole.principle,
         ]
-        for dimension in registry.values()
+        for dimension in known.values()
         for weight, pole in ((-1, dimension.negative), (1, dimension.positive))
         if pole
     ]

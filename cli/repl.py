@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from prefmw.cli.chat import heed_interrupts
 from prefmw.cli.editing import edited
-from prefmw.cli.options import actor, parse_weight
+from prefmw.cli.options import actor, parse_weight, registry
 from prefmw.cli.output import emit, print_profile, printable, say
 from prefmw.errors import PrefmwError, UsageError, nearest
-from prefmw.preferences import STRENGTHS, Message, Source, default_dimensions
+from prefmw.preferences import STRENGTHS, Message, Source
 
 if TYPE_CHECKING:
     from prefmw.cli.chat import Session
@@ -72,25 +72,25 @@ def _help(session: Session, _: str) -> None:
 
 def _prefs(session: Session, _: str) -> None:
     """Your persona, weights and the principle text they add up to"""
-    print_profile(session.store.profile(session.user_id), default_dimensions(), file=sys.stderr)
+    print_profile(session.store.profile(session.user_id), registry(), file=sys.stderr)
 
 
 def _set(session: Session, rest: str) -> None:
     """Set weights, as in /set verbosity=-0.6 humor=1; /set humor=none unsets one"""
     if not rest:
-        raise UsageError(f"which? as in /set verbosity=-0.6; dimensions: {', '.join(default_dimensions())}")
+        raise UsageError(f"which? as in /set verbosity=-0.6; dimensions: {', '.join(registry())}")
     changes = {}
     for item in rest.split():
         name, _, value = item.partition("=")
         unset = value == "none"
-        key, stated = (default_dimensions().named(name).key, None) if unset else parse_weight(item)
+        key, stated = (registry().named(name).key, None) if unset else parse_weight(item)
         changes[key] = stated
     profile = session.store.write_weights(
         session.user_id, changes, source=Source.user, actor=actor(), reason="said in a conversation"
     )
     for key in changes:
         weight = profile.weights.get(key)
-        pole = default_dimensions()[key].pole(weight.value).name if weight else ""
+        pole = registry()[key].pole(weight.value).name if weight else ""
         say(f"{key} {weight.value:+.2f}, {pole} ({weight.source.name})" if weight else f"{key} is not set")
 
 

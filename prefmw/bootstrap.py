@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefmw.errors import ModelNotFoundError, UsageError
-from prefmw.preferences import PreferenceStore, default_dimensions
+from prefmw.preferences import Dimensions, PreferenceStore, default_dimensions, parse_dimensions
 from prefmw.settings import Settings
 
 if TYPE_CHECKING:
@@ -56,12 +56,29 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
     return Personalizer(
         store,
         lambda: load_backend(settings),
-        default_dimensions(),
+        load_dimensions(settings),
         defaults,
         inferer=(lambda: load_inferer(settings)) if settings.infer or settings.learn else None,
         infers=settings.infer,
         learns=settings.learn,
     )
+
+
+def load_dimensions(settings: Settings) -> Dimensions:
+    """The shipped dimensions, with what the settings' file adds, replaces and retires.
+
+    Raises:
+        UsageError: the file is not there, or is no registry.
+    """
+    if settings.dimensions is None:
+        return default_dimensions()
+    path = Path(settings.dimensions).expanduser()
+    try:
+        return parse_dimensions(path.read_text(encoding="utf-8"), default_dimensions())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the dimensions in '{path}' cannot be read: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"the dimensions in '{path}': {error}") from error
 
 
 def load_inferer(settings: Settings) -> Inferer:
@@ -72,11 +89,11 @@ def load_inferer(settings: Settings) -> Inferer:
     """
     from prefmw.models.embedder import Embedder
     from prefmw.models.readout import load_readout
-    from prefmw.preferences.anchors import default_anchors
     from prefmw.preferences.inference import Inferer
 
+    dimensions = load_dimensions(settings)
     with _lock:
-        key = f"{settings.embedder}\n{settings.readout}"
+        key = f"{settings.embedder}\n{settings.readout}\n{settings.dimensions}"
         if key not in _inferers:
             if settings.readout is None:
                 raise UsageError(
@@ -85,7 +102,7 @@ def load_inferer(settings: Settings) -> Inferer:
                 )
             embedder = Embedder(settings.embedder)
             readout = load_readout(Path(settings.readout).expanduser(), embedder)
-            _inferers[key] = Inferer(embedder, readout, default_anchors(), default_dimensions())
+            _inferers[key] = Inferer(embedder, readout, dimensions)
         return _inferers[key]
 
 

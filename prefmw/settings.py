@@ -93,6 +93,9 @@ class Settings(BaseSettings):
     template_options: dict[str, Any] = Field(default_factory=dict)
     """Variables of the model's chat template, {enable_thinking = false} say."""
 
+    dimensions: str | None = None
+    """A TOML file of the deployment's own dimensions, which adds to the shipped ones, replaces or retires them."""
+
     embedder: str = "all-MiniLM-L6-v2"
     """What reads preferences out of words: a folder or hub id of a sentence-transformers model."""
 

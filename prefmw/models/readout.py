@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 
 from prefmw.errors import UsageError
 from prefmw.models.embedder import Embedder
+from prefmw.preferences.anchors import Anchor
 
 LONGEST = 128
 """Tokens of a clause that are read."""
@@ -84,18 +85,25 @@ class ReadOut:
         embedder: the one it was fitted to.
         dimensions: K keys, in the order of its outputs.
         threshold: the least size of a value that is a statement; what is smaller is abstained from.
+        anchors: A labelled statements, which explain what it finds.
         tensors: ``head.weight`` (3 K, D), ``head.bias`` (3 K,), ``NAME.a`` and ``NAME.b`` for every linear layer, and
-            ``anchors``, the anchor bank's embeddings, (A, D).
+            ``anchors``, the embeddings of the anchors, (A, D).
     """
 
     def __init__(
-        self, embedder: Embedder, dimensions: Sequence[str], threshold: float, tensors: dict[str, Tensor]
+        self,
+        embedder: Embedder,
+        dimensions: Sequence[str],
+        threshold: float,
+        anchors: Sequence[Anchor],
+        tensors: dict[str, Tensor],
     ) -> None:
         self.embedder = embedder
         self.dimensions = tuple(dimensions)
         self.threshold = threshold
         self._tensors = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
-        self.anchors: NDArray[np.float32] = tensors["anchors"].float().numpy()
+        self.anchors = tuple(anchors)
+        self.vectors: NDArray[np.float32] = tensors["anchors"].float().numpy()
         self._reader: Reader | None = None
         self._lock = threading.Lock()
 
@@ -125,6 +133,7 @@ class ReadOut:
             "embedder": self.embedder.name,
             "dimensions": json.dumps(self.dimensions),
             "threshold": repr(self.threshold),
+            "anchors": json.dumps(self.anchors, ensure_ascii=False),
         }
         save_file({name: tensor.contiguous() for name, tensor in self._tensors.items()}, path, metadata=about)
 
@@ -153,8 +162,9 @@ def load_readout(path: Path, embedder: Embedder) -> ReadOut:
             about: dict[str, Any] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         fitted_to, dimensions = about["embedder"], json.loads(about["dimensions"])
-        readout = ReadOut(embedder, dimensions, float(about["threshold"]), tensors)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        anchors = [Anchor(*anchor) for anchor in json.loads(about["anchors"])]
+        readout = ReadOut(embedder, dimensions, float(about["threshold"]), anchors, tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"'{path}' is no read-out; make one with 'prefmw prefs fit-readout'") from error
     if fitted_to != embedder.name:
         raise UsageError(

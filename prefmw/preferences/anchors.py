@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import tomllib
-from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
-from prefmw.preferences.dimensions import Dimensions, default_dimensions
+from prefmw.preferences.dimensions import Dimensions
 
 
 class Anchor(NamedTuple):
@@ -24,19 +23,14 @@ class Anchor(NamedTuple):
         return dimensions[self.dimension].pole(self.side).name
 
 
-def parse_anchors(text: str, dimensions: Dimensions) -> list[Anchor]:
-    """Read a bank written as TOML: ``[DIMENSION.POLE] anchors = [...]``, and ``[neutral] anchors = [...]``."""
-    table = tomllib.loads(text)
-    bank = [Anchor(statement, None, 0) for statement in table.get("neutral", {}).get("anchors", [])]
+def anchor_bank(dimensions: Dimensions) -> list[Anchor]:
+    """The shipped statements (``[DIMENSION.POLE] anchors`` and ``[neutral] anchors`` of ``anchors.toml``), as far as
+    ``dimensions`` has that pole, and those that come with a pole itself.
+    """
+    table = tomllib.loads(files("prefmw.preferences").joinpath("anchors.toml").read_text(encoding="utf-8"))
+    bank = [Anchor(statement, None, 0) for statement in table["neutral"]["anchors"]]
     for key, dimension in dimensions.items():
         for side, pole in ((-1, dimension.negative), (1, dimension.positive)):
-            named = table.get(key, {}).get(pole.name, {}) if pole else {}
-            bank += [Anchor(statement, key, side) for statement in named.get("anchors", [])]
+            shipped = table.get(key, {}).get(pole.name, {}).get("anchors", []) if pole else []
+            bank += [Anchor(statement, key, side) for statement in (*shipped, *(pole.anchors if pole else ()))]
     return bank
-
-
-@cache
-def default_anchors() -> list[Anchor]:
-    """The bank that ships with prefmw, for the default dimensions."""
-    text = files("prefmw.preferences").joinpath("anchors.toml").read_text(encoding="utf-8")
-    return parse_anchors(text, default_dimensions())

@@ -1,4 +1,6 @@
-"""The registry of dimensions: what a preference can be set on. Its content is data, ``dimensions.toml``."""
+"""The registry of dimensions: what a preference can be set on. Its content is data: ``dimensions.toml``, and what a
+deployment adds to it, replaces or retires in a file of the same form.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,20 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from prefmw.errors import UsageError, nearest
+from prefmw.preferences.profile import check_key
 
 Kind = Literal["style", "quality"]
 
 
 @dataclass(frozen=True)
 class Pole:
-    """One end of a dimension: its name and the sentence that asks a model for it."""
+    """One end of a dimension: its name, the sentence that asks a model for it, and statements of people who want it,
+    for a read-out to be fitted on (the shipped dimensions' stand in ``anchors.toml``).
+    """
 
     name: str
     principle: str
+    anchors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,23 +83,66 @@ class Dimensions(Mapping[str, Dimension]):
         return self._by_key[key]
 
 
-def parse_dimensions(text: str) -> Dimensions:
-    """Read a registry written as TOML, one table per dimension: ``kind``, ``positive`` and perhaps ``negative``."""
+def parse_dimensions(text: str, base: Mapping[str, Dimension] | None = None) -> Dimensions:
+    """Read a registry written as TOML, one table per dimension: ``positive`` and perhaps ``negative``, each with a
+    ``name``, a ``principle`` and perhaps ``anchors``; and ``kind``, style unless said otherwise.
 
-    def pole(table: Mapping[str, Any]) -> Pole:
-        return Pole(name=table["name"], principle=table["principle"])
+    Args:
+        text: the TOML.
+        base: dimensions that it adds to, replaces in their place, or takes away by ``retired = true``. What people have
+            stored on a retired one is kept, and acts no more.
 
-    return Dimensions(
-        [
-            Dimension(
-                key=key,
-                kind=table["kind"],
-                positive=pole(table["positive"]),
-                negative=pole(table["negative"]) if "negative" in table else None,
-            )
-            for key, table in tomllib.loads(text).items()
-        ]
-    )
+    Raises:
+        UsageError: it is no TOML, or a table lacks something, holds something unknown, or retires what is not there.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"this is no TOML: {error}") from error
+    found = dict(base or {})
+    for key, table in tables.items():
+        check_key(key)
+        if not isinstance(table, dict):
+            raise UsageError(f"'{key}' is no table; a dimension is written [{key}]")
+        if "retired" in table:
+            if table != {"retired": True}:
+                raise UsageError(f"[{key}] holds more than retired = true; what is retired needs nothing else")
+            if key not in found:
+                raise UsageError(f"[{key}] retires a dimension that is not there: {nearest(key, found)}")
+            del found[key]
+        else:
+            found[key] = _dimension(key, table)
+    if not found:
+        raise UsageError("no dimension is left")
+    return Dimensions(list(found.values()))
+
+
+def _dimension(key: str, table: Mapping[str, Any]) -> Dimension:
+    if unknown := set(table) - {"kind", "positive", "negative"}:
+        raise UsageError(f"[{key}] holds '{min(unknown)[:40]}'; there are kind, positive, negative and retired")
+    kind = table.get("kind", "style")
+    if kind not in ("style", "quality"):
+        raise UsageError(f"[{key}] is of kind '{str(kind)[:40]}'; there are style and quality")
+    if "positive" not in table:
+        raise UsageError(f"[{key}] has no positive pole")
+    positive = _pole(key, "positive", table["positive"])
+    negative = _pole(key, "negative", table["negative"]) if "negative" in table else None
+    if negative and negative.name == positive.name:
+        raise UsageError(f"both poles of [{key}] are called '{positive.name[:40]}'")
+    return Dimension(key, kind, positive, negative)
+
+
+def _pole(key: str, side: str, table: Any) -> Pole:
+    place = f"the {side} pole of [{key}]"
+    if not isinstance(table, dict) or not {"name", "principle"} <= set(table) <= {"name", "principle", "anchors"}:
+        raise UsageError(f"{place} has a name, a principle and perhaps anchors, and nothing else")
+    anchors = table.get("anchors", [])
+    if not isinstance(anchors, list):
+        raise UsageError(f"the anchors of {place} are a list of texts")
+    for text in (table["name"], table["principle"], *anchors):
+        if not isinstance(text, str) or not text.strip():
+            raise UsageError(f"{place} holds an empty text, or what is no text")
+    return Pole(table["name"], table["principle"], tuple(anchors))
 
 
 @cache

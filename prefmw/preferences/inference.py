@@ -41,12 +41,14 @@ Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 class ReadOut(Protocol):
     """What takes a clause's side: :class:`prefmw.models.readout.ReadOut`, of K dimensions.
 
-    ``anchors`` are the embeddings of the bank, (A, D); what is smaller than ``threshold`` is no statement.
+    What is smaller than ``threshold`` is no statement. ``anchors`` are the labelled statements of its bank, which
+    explain a weight, and ``vectors`` their embeddings, (A, D).
     """
 
     dimensions: tuple[str, ...]
     threshold: float
-    anchors: NDArray[np.float32]
+    anchors: tuple[Anchor, ...]
+    vectors: NDArray[np.float32]
 
     def version(self) -> str:
         """A hash of all that its values depend on."""
@@ -129,14 +131,12 @@ class Inferer:
     Args:
         embed: the embedder that ``readout`` was fitted on.
         readout: the fitted read-out.
-        anchors: the labelled statements that explain a weight, in the order of the read-out's anchor vectors.
-        dimensions: the registry, for the poles' names.
+        dimensions: the registry; one that the read-out knows and the registry does not is not read.
     """
 
-    def __init__(self, embed: Embed, readout: ReadOut, anchors: Sequence[Anchor], dimensions: Dimensions) -> None:
+    def __init__(self, embed: Embed, readout: ReadOut, dimensions: Dimensions) -> None:
         self._embed = embed
         self._readout = readout
-        self._anchors = anchors
         self._dimensions = dimensions
         self._version = readout.version()
 
@@ -160,7 +160,7 @@ class Inferer:
         weights: dict[str, Inferred] = {}
         conflicts: dict[str, tuple[Inferred, Inferred]] = {}
         for dimension, sides in zip(self._readout.dimensions, values.T, strict=True):
-            if not len(sides) or np.abs(sides).max() < least:
+            if dimension not in self._dimensions or not len(sides) or np.abs(sides).max() < least:
                 continue
             atoms = [row for row, unit in enumerate(said) if unit.is_atom and abs(sides[row]) >= least]
             for_, against = (max(atoms, key=lambda row: sign * sides[row], default=None) for sign in (1, -1))
@@ -177,11 +177,12 @@ class Inferer:
 
     def _inferred(self, dimension: str, clause: str, value: float) -> Inferred:
         side = 1 if value > 0 else -1
-        rows = [i for i, anchor in enumerate(self._anchors) if (anchor.dimension, anchor.side) == (dimension, side)]
-        similarities: NDArray[np.float32] = self._readout.anchors[rows] @ self._embed([clause])[0]
+        anchors = self._readout.anchors
+        rows = [row for row, anchor in enumerate(anchors) if (anchor.dimension, anchor.side) == (dimension, side)]
+        similarities: NDArray[np.float32] = self._readout.vectors[rows] @ self._embed([clause])[0]
         nearest = sorted(zip(similarities.tolist(), rows, strict=True), reverse=True)[:SHOWN]
         because = tuple(
-            Evidence(self._anchors[row].text, round(likeness, 3), self._anchors[row].pole(self._dimensions), clause)
+            Evidence(anchors[row].text, round(likeness, 3), anchors[row].pole(self._dimensions), clause)
             for likeness, row in nearest
         )
         return Inferred(round(float(value), 3), clause, because)

@@ -30,55 +30,79 @@ HELD_OUT = 0.1
 LEFT_ALONE = 0.97
 """Share of the held-out texts that state nothing which no dimension may take a side on."""
 
+MULTILINGUAL = 0.8
+
 PAIRS = 6000
 """Pairs of statements about different dimensions, joined."""
 
 
+_FOLDER = files("prefmw.training") / "preference_files"
+
+
 class Example(NamedTuple):
-    """A text and the sides it takes; ``weight`` in the loss. Only what a person wrote by hand is ``judged``."""
+    """A text and the sides it takes; ``weight`` in the loss. ``written`` by hand, not put together of qualities or of
+    two others; of such alone some are ``held_out`` from the fit.
+    """
 
     text: str
     sides: dict[str, int]
     weight: float
-    judged: bool
+    written: bool = False
+    held_out: bool = False
 
 
 def examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: int) -> list[Example]:
-    """Every text to fit on."""
+    """Every text to fit on, and those held out; no pair is made of one that is held out."""
     rng = random.Random(seed)
     found = [
         Example(anchor.text, {anchor.dimension: anchor.side} if anchor.dimension else {}, 2.0 - abs(anchor.side), True)
         for anchor in anchors
     ]
-    folder = files("prefmw.training") / "preference_files"
-    neutral = tomllib.loads((folder / "neutral.toml").read_text(encoding="utf-8"))
+    neutral = tomllib.loads((_FOLDER / "neutral.toml").read_text(encoding="utf-8"))
     found += [Example(text, {}, 2.0, True) for text in neutral["texts"]]
     attitudes = neutral["attitudes"]
     for key, dimension in dimensions.items():
-        if not (file := folder / f"{key}.toml").is_file() or dimension.negative is None:
+        if not (file := _FOLDER / f"{key}.toml").is_file() or dimension.negative is None:
             continue
         table = tomllib.loads(file.read_text(encoding="utf-8"))
         named = {-1: table[dimension.negative.name], 1: table[dimension.positive.name]}
         for side, pole in named.items():
             found += [Example(text, {key: side}, 1.0, True) for text in pole["statements"]]
             for quality, sign in [*((q, 1) for q in pole["liked"]), *((q, -1) for q in pole["disliked"])]:
-                found.append(Example(quality, {key: side}, 0.3, False))
+                found.append(Example(quality, {key: side}, 0.3))
                 wanted = rng.sample(attitudes["positive"], 2 if sign > 0 else 1)
                 refused = rng.sample(attitudes["negative"], 1 if sign > 0 else 2)
-                found += [Example(form.format(x=quality), {key: side}, 0.5, False) for form in wanted]
-                found += [Example(form.format(x=quality), {key: -side}, 0.5, False) for form in refused]
+                found += [Example(form.format(x=quality), {key: side}, 0.5) for form in wanted]
+                found += [Example(form.format(x=quality), {key: -side}, 0.5) for form in refused]
                 other = rng.choice(named[-side]["disliked" if sign > 0 else "liked"])
                 x, y = (quality, other) if sign > 0 else (other, quality)
                 compared = rng.choice(attitudes["comparative"]).format(x=x, y=y)
-                found.append(Example(compared, {key: sign * side}, 0.5, False))
-    stated = [one for one in found if one.judged and one.sides]
+                found.append(Example(compared, {key: sign * side}, 0.5))
+    found = [one._replace(held_out=one.written and rng.random() < HELD_OUT) for one in found]
+    stated = [one for one in found if one.written and one.sides and not one.held_out]
     for _ in range(PAIRS if stated else 0):
         one, other = rng.sample(stated, 2)
         if not one.sides.keys() & other.sides.keys():
             joint = rng.choice((", and ", " ", "; ", ", ", " but "))
             text = f"{one.text.rstrip('.!')}{joint}{other.text}" if joint != " " else f"{one.text} {other.text}"
-            found.append(Example(text, {**one.sides, **other.sides}, 0.5, False))
+            found.append(Example(text, {**one.sides, **other.sides}, 0.5))
     return found
+
+
+def foreign_examples(embedder: Embedder, dimensions: Dimensions) -> list[Example]:
+    """Statements in ten other languages: with their sides where the embedder puts at least :data:`MULTILINGUAL` of them
+    nearest to their own English, as texts that state nothing where it does not, so that nobody's words are guessed at.
+    """
+    table = tomllib.loads((_FOLDER / "foreign.toml").read_text(encoding="utf-8"))
+    rows: list[tuple[dict[str, int], list[str]]] = [({}, texts) for texts in table["neutral"]["none"]]
+    for key, dimension in dimensions.items():
+        for side, pole in ((-1, dimension.negative), (1, dimension.positive)):
+            rows += [({key: side}, texts) for texts in (table.get(key, {}).get(pole.name, []) if pole else [])]
+    english = embedder([texts[0] for _, texts in rows])
+    others = embedder([text for _, texts in rows for text in texts[1:]])
+    own = np.repeat(np.arange(len(rows)), [len(texts) - 1 for _, texts in rows])
+    understood = float(((others @ english.T).argmax(1) == own).mean()) >= MULTILINGUAL
+    return [Example(text, sides if understood else {}, 2.0, True) for sides, texts in rows for text in texts[1:]]
 
 
 def fit_readout(
@@ -101,10 +125,9 @@ def fit_readout(
         progress: told what is under way and how much of it is done.
     """
     keys = tuple(key for key, dimension in dimensions.items() if dimension.kind == "style")
-    given = examples(anchors, dimensions, seed)
+    given = [*examples(anchors, dimensions, seed), *foreign_examples(embedder, dimensions)]
     targets = np.array([[one.sides.get(key, 0) for key in keys] for one in given])
-    judged = np.array([one.judged for one in given])
-    held_out = judged & (np.random.default_rng(seed).random(len(given)) < HELD_OUT)
+    held_out = np.array([one.held_out for one in given])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = adapted(embedder.encoder, RANK)
@@ -114,7 +137,7 @@ def fit_readout(
         _train(reader, embedder, [given[row] for row in rest], targets[rest], epochs, seed, progress)
     bank = torch.from_numpy(embedder([anchor.text for anchor in anchors]))
     head = {f"head.{name}": tensor.detach() for name, tensor in reader.head.state_dict().items()}
-    readout = ReadOut(embedder, keys, 0.0, {**learned(encoder), **head, "anchors": bank})
+    readout = ReadOut(embedder, keys, 0.0, anchors, {**learned(encoder), **head, "anchors": bank})
     texts = [one.text for one, out in zip(given, held_out, strict=True) if out]
     readout.threshold, measured = _threshold(readout.values(texts), targets[held_out])
     counts = {"examples": len(rest), "held_out": len(texts), "anchors": len(anchors)}

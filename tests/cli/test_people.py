@@ -338,3 +338,48 @@ def test_a_database_that_is_not_there_is_not_made(prefmw, tmp_path):
     code, _, err = prefmw("db", "check", "-d", str(tmp_path / "typo.db"))
     assert (code, "there is no prefmw database" in err) == (2, True)
     assert not (tmp_path / "typo.db").exists()
+
+
+# A deployment's own dimensions
+
+
+@pytest.fixture
+def own_dimensions(tmp_path, monkeypatch) -> Path:
+    file = tmp_path / "dimensions.toml"
+    file.write_text(
+        "[humor]\nretired = true\n[optimism]\n"
+        'negative = { name = "sceptical", principle = "Name the risks first." }\n'
+        'positive = { name = "hopeful", principle = "Look at the bright side." }\n'
+    )
+    monkeypatch.setenv("PREFMW_DIMENSIONS", str(file))
+    return file
+
+
+def test_own_dimensions_are_set_like_any_other(ok, own_dimensions):
+    ok("users", "add", "alice")
+    shown = json.loads(ok("prefs", "set", "alice", "optimism=-0.7", "--json"))
+    assert shown["weights"]["optimism"]["value"] == -0.7
+    assert shown["principle"] == "Name the risks first."
+    assert "optimism" in json.loads(ok("prefs", "dimensions", "--json"))
+
+
+def test_a_retired_dimension_is_kept_and_acts_no_more(ok, prefmw, alice, own_dimensions):
+    shown = ok("prefs", "show", "alice")
+    assert "retired" in shown
+    assert "joke" not in shown.split("principle")[1]
+    code, _, err = prefmw("prefs", "set", "alice", "humor=1")
+    assert code == 2
+    assert "no dimension 'humor'" in err
+    ok("prefs", "unset", "alice", "humor")
+    assert "humor" not in ok("prefs", "show", "alice")
+
+
+@pytest.mark.parametrize("content", [None, "[humor", "[spice]\nheat = 1\n"])
+def test_dimensions_that_cannot_be_read_are_told(prefmw, own_dimensions, content):
+    own_dimensions.unlink()
+    if content is not None:
+        own_dimensions.write_text(content)
+    code, _, err = prefmw("prefs", "dimensions")
+    assert code == 2
+    assert str(own_dimensions) in err
+    assert "Traceback" not in err

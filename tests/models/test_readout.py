@@ -47,7 +47,7 @@ def embedder(folder) -> Embedder:
 def fitted(embedder) -> tuple[ReadOut, dict]:
     """Fitted to a handful of words, many times over."""
     made = [
-        Example(f"{word} {filler}", sides, 1.0, True)
+        Example(f"{word} {filler}", sides, 1.0, True, held_out=filler in "jt")
         for word, sides in (
             ("short", {"verbosity": -1}),
             ("long", {"verbosity": 1}),

@@ -11,8 +11,8 @@ import pytest
 from prefmw.errors import UsageError
 from prefmw.evaluation.inference import Labelled, read_labelled, score_inference
 from prefmw.personalizer import infer_persona, learn_from
-from prefmw.preferences import Source, Stated, default_dimensions
-from prefmw.preferences.anchors import Anchor, default_anchors
+from prefmw.preferences import Source, Stated, default_dimensions, parse_dimensions
+from prefmw.preferences.anchors import Anchor, anchor_bank
 from prefmw.preferences.inference import Inferer, units
 
 VOCABULARY = ["short", "long", "jokes", "funny", "grave", "tea"]
@@ -41,7 +41,8 @@ class WordReadOut:
 
     dimensions = DIMENSIONS
     threshold = 0.5
-    anchors = embed([anchor.text for anchor in ANCHORS])
+    anchors = tuple(ANCHORS)
+    vectors = embed([anchor.text for anchor in ANCHORS])
 
     def version(self) -> str:
         return "words"
@@ -59,7 +60,7 @@ class WordReadOut:
 
 @pytest.fixture
 def inferer() -> Inferer:
-    return Inferer(embed, WordReadOut(), ANCHORS, default_dimensions())
+    return Inferer(embed, WordReadOut(), default_dimensions())
 
 
 def found(inferer, text):
@@ -205,11 +206,17 @@ def test_a_file_of_nothing_is_told(tmp_path):
         read_labelled(tmp_path / "none.jsonl", default_dimensions())
 
 
+def test_a_retired_dimension_is_not_read():
+    dimensions = parse_dimensions("[humor]\nretired = true\n", default_dimensions())
+    found = Inferer(embed, WordReadOut(), dimensions).infer("No jokes. I like short answers.")
+    assert list(found.weights) == ["verbosity"]
+
+
 # The data
 
 
 def test_every_pole_has_forty_anchors_and_some_ask_for_none():
-    bank = default_anchors()
+    bank = anchor_bank(default_dimensions())
     for key, dimension in default_dimensions().items():
         if dimension.kind == "style":
             for side in (-1, 1):
@@ -228,5 +235,7 @@ def test_no_test_statement_is_fitted_on():
     file = Path(__file__).parent / "statements.jsonl"
     tested = {bare(json.loads(line)["text"]) for line in file.read_text(encoding="utf-8").splitlines()}
     assert len(tested) >= 250
-    fitted = {bare(one.text) for one in examples(default_anchors(), default_dimensions(), seed=0) if one.judged}
+    fitted = {
+        bare(one.text) for one in examples(anchor_bank(default_dimensions()), default_dimensions(), 0) if one.written
+    }
     assert tested & fitted == set()

@@ -24,6 +24,7 @@ from prefmw.preferences import (
     parse_dimensions,
     principle_text,
 )
+from prefmw.preferences.anchors import anchor_bank
 
 DIMENSIONS = default_dimensions()
 PERSONA = "The person who asked the question is {}, your answer needs to take his(her) needs into account."
@@ -78,6 +79,43 @@ negative = { name = "mild", principle = "M." }
 positive = { name = "hot", principle = "H." }
 """
     assert parse_dimensions(text)["spice"].pole(-0.1).name == "mild"
+    extended = parse_dimensions(text + "[humor]\nretired = true\n", DIMENSIONS)
+    assert list(extended) == [*(key for key in DIMENSIONS if key != "humor"), "spice"]
+
+
+def test_a_dimension_is_replaced_in_its_place():
+    text = '[humor]\npositive = { name = "witty", principle = "Be witty.", anchors = ["I love wit."] }\n'
+    replaced = parse_dimensions(text, DIMENSIONS)
+    assert list(replaced) == list(DIMENSIONS)
+    assert (replaced["humor"].low, replaced["humor"].positive.anchors) == (0.0, ("I love wit.",))
+    bank = anchor_bank(replaced)
+    assert [anchor for anchor in bank if anchor.dimension == "humor"] == [("I love wit.", "humor", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[spice", "no TOML"),
+        ("spice = 1", "is no table"),
+        ("[spice]", "no positive pole"),
+        ("[humour]\nretired = true", "did you mean"),
+        ("[humor]\nretired = false", "more than retired"),
+        ('[spice]\nkind = "hot"', "of kind 'hot'"),
+        ("[spice]\nheat = 1", "holds 'heat'"),
+        ('[spice]\npositive = "hot"', "has a name"),
+        ('[spice]\npositive = { name = "", principle = "H." }', "empty text"),
+        ('[spice]\npositive = { name = "hot", principle = "H.", anchors = [1] }', "no text"),
+        ('[spice]\npositive = { name = "hot", principle = "H.", anchors = "hot" }', "list of texts"),
+        (
+            '[spice]\npositive = { name = "hot", principle = "H." }\nnegative = { name = "hot", principle = "M." }',
+            "both poles",
+        ),
+        ("".join(f"[{key}]\nretired = true\n" for key in DIMENSIONS), "no dimension is left"),
+    ],
+)
+def test_a_registry_that_cannot_be_read_says_where(text, said):
+    with pytest.raises(UsageError, match=said):
+        parse_dimensions(text, DIMENSIONS)
 
 
 # Principle text
