@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefmw.cli.options import JsonOption
+from prefmw.cli.options import JsonOption, registry
 from prefmw.cli.output import loading, print_json, print_table, printable, progress, progress_bar
 from prefmw.errors import MissingExtraError, UsageError
 
@@ -132,13 +132,12 @@ def inference(
     """Measure inference of weights from words on labelled statements."""
     from prefmw.bootstrap import load_inferer
     from prefmw.evaluation.inference import read_labelled, score_inference
-    from prefmw.preferences import default_dimensions
     from prefmw.settings import load_settings
 
-    statements = read_labelled(file, default_dimensions())
-    settings = load_settings()
+    settings, dimensions = load_settings(), registry()
+    statements = read_labelled(file, dimensions)
     with progress("texts") as advance:
-        result = score_inference(statements, load_inferer(settings), default_dimensions(), advance)
+        result = score_inference(statements, load_inferer(settings, dimensions), dimensions, advance)
     wrong = result.pop("misses")
     if json:
         about = {"embedder": settings.embedder, "versions": _versions()}

@@ -98,7 +98,8 @@ def infer(
 
     if (text is None) == (user is None):
         raise UsageError("give either a TEXT or --user ID")
-    inferer = load_inferer(load_settings())
+    dimensions = registry()
+    inferer = load_inferer(load_settings(), dimensions)
     if text is not None:
         found = inferer.infer(text)
     else:
@@ -109,7 +110,7 @@ def infer(
     if json:
         print_json(found.as_json())
     else:
-        print_inference(found, registry())
+        print_inference(found, dimensions)
 
 
 @app.command("fit-readout")

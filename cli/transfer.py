@@ -14,10 +14,10 @@ from typing import IO, Annotated, Any, Literal
 
 import typer
 
-from prefmw.cli.options import DatabaseOption, UserArgument, actor, opened_store
+from prefmw.cli.options import DatabaseOption, UserArgument, actor, opened_store, registry
 from prefmw.cli.output import progress, say
 from prefmw.errors import UnreadablePersonError, UsageError
-from prefmw.preferences import default_dimensions
+from prefmw.preferences import Dimensions
 
 FileArgument = Annotated[str, typer.Argument(metavar="FILE", help="A JSONL file; - is the terminal's stream.")]
 
@@ -67,13 +67,13 @@ def load(
 
     A line holds what `users export` prints, or as little as {"user": "alice", "weights": {"humor": 0.5}}.
     """
-    line = 0
+    line, dimensions = 0, registry()
 
     def people() -> Iterator[dict[str, Any]]:
         nonlocal line
         for line, text in enumerate(lines, start=1):  # noqa: B007  (the number is told where a line is wrong)
             if text.strip():
-                yield _person(text)
+                yield _person(text, dimensions)
             advance(1)
 
     with opened_store(database) as store, _read(file) as lines, progress("lines") as advance:
@@ -86,7 +86,7 @@ def load(
     say(f"loaded {count} people")
 
 
-def _person(text: bytes) -> dict[str, Any]:
+def _person(text: bytes, dimensions: Dimensions) -> dict[str, Any]:
     try:
         person = json_.loads(text.decode())
     except UnicodeDecodeError as error:
@@ -97,9 +97,8 @@ def _person(text: bytes) -> dict[str, Any]:
         raise UsageError(f"expected a JSON object, got {type(person).__name__}")
     weights = person.get("weights", {})
     for name, value in weights.items() if isinstance(weights, dict) else ():
-        dimension = default_dimensions().named(name)
-        if isinstance(value, int | float):
-            dimension.check(value)
+        if isinstance(value, int | float):  # a dump's layers may lie on dimensions that are retired since
+            dimensions.named(name).check(value)
     return person
 
 

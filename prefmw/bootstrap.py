@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from prefmw.errors import ModelNotFoundError, UsageError
 from prefmw.preferences import Dimensions, PreferenceStore, default_dimensions, parse_dimensions
-from prefmw.settings import Settings
+from prefmw.settings import Settings, expanded
 
 if TYPE_CHECKING:
     from prefmw.decoding import Engine
@@ -44,6 +44,7 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
     """A personalizer on the settings' chat model, which is loaded at the first reply and shared within the process."""
     from prefmw.personalizer import Defaults, Personalizer
 
+    dimensions = load_dimensions(settings)
     defaults = Defaults(
         method=settings.method,
         strength=settings.strength,
@@ -56,9 +57,9 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
     return Personalizer(
         store,
         lambda: load_backend(settings),
-        load_dimensions(settings),
+        dimensions,
         defaults,
-        inferer=(lambda: load_inferer(settings)) if settings.infer or settings.learn else None,
+        inferer=(lambda: load_inferer(settings, dimensions)) if settings.infer or settings.learn else None,
         infers=settings.infer,
         learns=settings.learn,
     )
@@ -72,16 +73,18 @@ def load_dimensions(settings: Settings) -> Dimensions:
     """
     if settings.dimensions is None:
         return default_dimensions()
-    path = Path(settings.dimensions).expanduser()
+    path = expanded(settings.dimensions)
     try:
         return parse_dimensions(path.read_text(encoding="utf-8"), default_dimensions())
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"the dimensions in '{path}' cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a NUL in the path, or no UTF-8 in the file
         raise UsageError(f"the dimensions in '{path}' cannot be read: {error}") from error
     except UsageError as error:
         raise UsageError(f"the dimensions in '{path}': {error}") from error
 
 
-def load_inferer(settings: Settings) -> Inferer:
+def load_inferer(settings: Settings, dimensions: Dimensions) -> Inferer:
     """What reads preferences out of words, loaded once in a process; its embedder loads when it is first used.
 
     Raises:
@@ -91,9 +94,8 @@ def load_inferer(settings: Settings) -> Inferer:
     from prefmw.models.readout import load_readout
     from prefmw.preferences.inference import Inferer
 
-    dimensions = load_dimensions(settings)
     with _lock:
-        key = f"{settings.embedder}\n{settings.readout}\n{settings.dimensions}"
+        key = repr((settings.embedder, settings.readout, tuple(dimensions.values())))
         if key not in _inferers:
             if settings.readout is None:
                 raise UsageError(
@@ -101,7 +103,7 @@ def load_inferer(settings: Settings) -> Inferer:
                     "prefs fit-readout --out FILE' and name it by the setting 'readout' (PREFMW_READOUT)"
                 )
             embedder = Embedder(settings.embedder)
-            readout = load_readout(Path(settings.readout).expanduser(), embedder)
+            readout = load_readout(expanded(settings.readout), embedder)
             _inferers[key] = Inferer(embedder, readout, dimensions)
         return _inferers[key]
 

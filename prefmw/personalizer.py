@@ -313,9 +313,14 @@ def store_inference(store: PreferenceStore, profile: Profile, inferer: Inferer, 
     Raises:
         ConflictError: it changed meanwhile.
     """
+    unread = {
+        key: Stated(weight.value, weight.confidence, weight.evidence)
+        for key, weight in profile.layer(Source.inferred).items()
+        if key not in inferer.dimensions  # retired, say: what is stored on it is kept
+    }
     return store.write_inferred(
         profile.user_id,
-        {dimension: one.stated for dimension, one in found.weights.items()},
+        {**unread, **{dimension: one.stated for dimension, one in found.weights.items()}},
         inferred_from=inferer.key(profile.persona),
         actor="prefmw",
         reason="inferred from the persona",

@@ -32,10 +32,15 @@ CONFIG_FILE = "config.toml"
 
 def home() -> Path:
     """Where a user's files lie: ``PREFMW_HOME``, by default ``~/.prefmw``."""
-    return _expanded(os.environ.get("PREFMW_HOME") or "~/.prefmw")
+    return expanded(os.environ.get("PREFMW_HOME") or "~/.prefmw")
 
 
-def _expanded(path: str) -> Path:
+def expanded(path: str) -> Path:
+    """A path as somebody wrote it, ``~`` as their home.
+
+    Raises:
+        SettingsError: it is no text, or names the home of nobody.
+    """
     try:
         path.encode()  # an argument that is no text has surrogates in it
         return Path(path).expanduser()
@@ -147,7 +152,7 @@ class Settings(BaseSettings):
             return self.database
         from sqlalchemy.engine import URL  # the path may hold what means something in a URL
 
-        file = _expanded(self.database) if self.database else self.home / "prefmw.db"
+        file = expanded(self.database) if self.database else self.home / "prefmw.db"
         return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
 
     @field_validator("quantization", "template_options", mode="before")

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class ReadOut:
 
     Args:
         embedder: the one it was fitted to.
-        dimensions: K keys, in the order of its outputs.
+        dimensions: the names of K dimensions' poles, in the order of its outputs.
         threshold: the least size of a value that is a statement; what is smaller is abstained from.
         anchors: A labelled statements, which explain what it finds.
         tensors: ``head.weight`` (3 K, D), ``head.bias`` (3 K,), ``NAME.a`` and ``NAME.b`` for every linear layer, and
@@ -93,13 +93,14 @@ class ReadOut:
     def __init__(
         self,
         embedder: Embedder,
-        dimensions: Sequence[str],
+        dimensions: Mapping[str, tuple[str | None, str]],
         threshold: float,
         anchors: Sequence[Anchor],
         tensors: dict[str, Tensor],
     ) -> None:
         self.embedder = embedder
         self.dimensions = tuple(dimensions)
+        self.poles = tuple(dimensions.values())
         self.threshold = threshold
         self._tensors = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
         self.anchors = tuple(anchors)
@@ -109,7 +110,7 @@ class ReadOut:
 
     def version(self) -> str:
         """A hash of all that its values depend on."""
-        digest = hashlib.sha256(repr((self.embedder.name, self.dimensions, self.threshold)).encode())
+        digest = hashlib.sha256(repr((self.embedder.name, self.dimensions, self.poles, self.threshold)).encode())
         for name in sorted(self._tensors):
             digest.update(self._tensors[name].numpy().tobytes())
         return digest.hexdigest()
@@ -131,7 +132,7 @@ class ReadOut:
 
         about = {
             "embedder": self.embedder.name,
-            "dimensions": json.dumps(self.dimensions),
+            "dimensions": json.dumps(dict(zip(self.dimensions, self.poles, strict=True))),
             "threshold": repr(self.threshold),
             "anchors": json.dumps(self.anchors, ensure_ascii=False),
         }
@@ -162,9 +163,10 @@ def load_readout(path: Path, embedder: Embedder) -> ReadOut:
             about: dict[str, Any] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         fitted_to, dimensions = about["embedder"], json.loads(about["dimensions"])
+        poles = {key: (negative, positive) for key, (negative, positive) in dimensions.items()}
         anchors = [Anchor(*anchor) for anchor in json.loads(about["anchors"])]
-        readout = ReadOut(embedder, dimensions, float(about["threshold"]), anchors, tensors)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        readout = ReadOut(embedder, poles, float(about["threshold"]), anchors, tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"'{path}' is no read-out; make one with 'prefmw prefs fit-readout'") from error
     if fitted_to != embedder.name:
         raise UsageError(

@@ -42,6 +42,11 @@ class Dimension:
         """The least weight the dimension takes: -1, or 0 where it has no negative pole."""
         return -1.0 if self.negative else 0.0
 
+    @property
+    def poles(self) -> tuple[str | None, str]:
+        """The names of the negative and the positive pole."""
+        return (self.negative.name if self.negative else None, self.positive.name)
+
     def pole(self, weight: float) -> Pole:
         """The pole on the side of ``weight``'s sign; zero counts as positive."""
         return self.negative if weight < 0 and self.negative else self.positive

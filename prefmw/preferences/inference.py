@@ -41,11 +41,13 @@ Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 class ReadOut(Protocol):
     """What takes a clause's side: :class:`prefmw.models.readout.ReadOut`, of K dimensions.
 
-    What is smaller than ``threshold`` is no statement. ``anchors`` are the labelled statements of its bank, which
+    ``poles`` are the names of each dimension's negative and positive pole (``None`` where it has none). What is smaller
+    than ``threshold`` is no statement. ``anchors`` are the labelled statements of its bank, which
     explain a weight, and ``vectors`` their embeddings, (A, D).
     """
 
     dimensions: tuple[str, ...]
+    poles: tuple[tuple[str | None, str], ...]
     threshold: float
     anchors: tuple[Anchor, ...]
     vectors: NDArray[np.float32]
@@ -131,17 +133,22 @@ class Inferer:
     Args:
         embed: the embedder that ``readout`` was fitted on.
         readout: the fitted read-out.
-        dimensions: the registry; one that the read-out knows and the registry does not is not read.
+        dimensions: the registry; a dimension of the read-out's that it lacks, or has with other poles, is not read.
     """
 
     def __init__(self, embed: Embed, readout: ReadOut, dimensions: Dimensions) -> None:
         self._embed = embed
         self._readout = readout
         self._dimensions = dimensions
-        self._version = readout.version()
+        self.dimensions = frozenset(
+            key
+            for key, poles in zip(readout.dimensions, readout.poles, strict=True)
+            if key in dimensions and dimensions[key].kind == "style" and dimensions[key].poles == poles
+        )
+        self._version = f"{readout.version()} {sorted(self.dimensions)}"
 
     def key(self, persona: str) -> str:
-        """What an inference of this persona rests on, as a hash: its words, the embedder and the read-out."""
+        """What an inference of this persona rests on, as a hash: its words, the read-out and the dimensions read."""
         return hashlib.sha256(f"{self._version}\n{persona}".encode()).hexdigest()[:32]
 
     def infer(self, text: str, *, threshold: float | None = None) -> Inference:
@@ -160,7 +167,7 @@ class Inferer:
         weights: dict[str, Inferred] = {}
         conflicts: dict[str, tuple[Inferred, Inferred]] = {}
         for dimension, sides in zip(self._readout.dimensions, values.T, strict=True):
-            if dimension not in self._dimensions or not len(sides) or np.abs(sides).max() < least:
+            if dimension not in self.dimensions or not len(sides) or np.abs(sides).max() < least:
                 continue
             atoms = [row for row, unit in enumerate(said) if unit.is_atom and abs(sides[row]) >= least]
             for_, against = (max(atoms, key=lambda row: sign * sides[row], default=None) for sign in (1, -1))

@@ -22,7 +22,8 @@ def principle_text(profile: Profile, dimensions: Dimensions) -> str:
 
     The persona in the paper's words, then one pole sentence for every effective style weight of at least
     :data:`THRESHOLD` in size, strongest first (ties in the registry's order). The same profile always gives the same
-    text; a weight's size decides whether and where its sentence stands, not how it is worded.
+    text; a weight's size decides whether and where its sentence stands, not how it is worded. A weight on the side of a
+    pole that the dimension lacks, stored before the registry changed, asks for nothing.
     """
     sentences = []
     if profile.persona:
@@ -31,6 +32,6 @@ def principle_text(profile: Profile, dimensions: Dimensions) -> str:
     weights = profile.weights
     telling = [key for key in dimensions if key in weights and abs(weights[key].value) >= THRESHOLD]
     for key in sorted(telling, key=lambda key: -abs(weights[key].value)):
-        if dimensions[key].kind == "style":
+        if dimensions[key].kind == "style" and weights[key].value >= dimensions[key].low:
             sentences.append(dimensions[key].pole(weights[key].value).principle)
     return " ".join(sentences)

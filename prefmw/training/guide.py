@@ -2,8 +2,8 @@
 
 From its corpus alone a model of three million parameters learns wordings by heart: it found the topic of fewer new
 questions than a classifier on words did. So its token embeddings begin as a sentence embedder's, and two linear heads
-on an inner layer learn what the embedder makes of every message, and what the composer knows of every answer: its topic
-and the poles asked for. The heads are thrown away when training ends.
+on an inner layer learn what the embedder makes of the wordings in a message, and what the composer knows of every
+answer: its topic and the poles asked for. The heads are thrown away when training ends.
 """
 
 from __future__ import annotations

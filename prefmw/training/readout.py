@@ -19,10 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from prefmw.errors import UsageError
 from prefmw.models.embedder import Embedder
 from prefmw.models.readout import LONGEST, Reader, ReadOut, adapted, learned
 from prefmw.preferences.anchors import Anchor
-from prefmw.preferences.dimensions import Dimensions
+from prefmw.preferences.dimensions import Dimensions, default_dimensions
+from prefmw.preferences.inference import Embed
 
 RANK, EPOCHS, BATCH, LEARNING_RATE = 8, 4, 64, 2e-3
 
@@ -31,6 +33,7 @@ LEFT_ALONE = 0.97
 """Share of the held-out texts that state nothing which no dimension may take a side on."""
 
 MULTILINGUAL = 0.8
+"""Share of a language's translations that an embedder must put nearest to their English, to be taught their sides."""
 
 PAIRS = 6000
 """Pairs of statements about different dimensions, joined."""
@@ -62,9 +65,11 @@ def examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: int) -> li
     found += [Example(text, {}, 2.0, True) for text in neutral["texts"]]
     attitudes = neutral["attitudes"]
     for key, dimension in dimensions.items():
-        if not (file := _FOLDER / f"{key}.toml").is_file() or dimension.negative is None:
+        if key not in default_dimensions() or not (file := _FOLDER / f"{key}.toml").is_file():
             continue
         table = tomllib.loads(file.read_text(encoding="utf-8"))
+        if set(dimension.poles) != set(table) or dimension.negative is None:  # replaced by a deployment's own
+            continue
         named = {-1: table[dimension.negative.name], 1: table[dimension.positive.name]}
         for side, pole in named.items():
             found += [Example(text, {key: side}, 1.0, True) for text in pole["statements"]]
@@ -80,7 +85,7 @@ def examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: int) -> li
                 found.append(Example(compared, {key: sign * side}, 0.5))
     found = [one._replace(held_out=one.written and rng.random() < HELD_OUT) for one in found]
     stated = [one for one in found if one.written and one.sides and not one.held_out]
-    for _ in range(PAIRS if stated else 0):
+    for _ in range(PAIRS if len(stated) > 1 else 0):
         one, other = rng.sample(stated, 2)
         if not one.sides.keys() & other.sides.keys():
             joint = rng.choice((", and ", " ", "; ", ", ", " but "))
@@ -89,20 +94,27 @@ def examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: int) -> li
     return found
 
 
-def foreign_examples(embedder: Embedder, dimensions: Dimensions) -> list[Example]:
-    """Statements in ten other languages: with their sides where the embedder puts at least :data:`MULTILINGUAL` of them
-    nearest to their own English, as texts that state nothing where it does not, so that nobody's words are guessed at.
+def foreign_examples(embed: Embed, dimensions: Dimensions, seed: int) -> list[Example]:
+    """Statements in ten other languages: those of a language with their sides where the embedder puts at least
+    :data:`MULTILINGUAL` of them nearest to their own English, as texts that state nothing where it does not, so that
+    nobody's words are guessed at. A tenth of the groups of translations is held out.
     """
+    rng = random.Random(seed)
     table = tomllib.loads((_FOLDER / "foreign.toml").read_text(encoding="utf-8"))
     rows: list[tuple[dict[str, int], list[str]]] = [({}, texts) for texts in table["neutral"]["none"]]
     for key, dimension in dimensions.items():
         for side, pole in ((-1, dimension.negative), (1, dimension.positive)):
             rows += [({key: side}, texts) for texts in (table.get(key, {}).get(pole.name, []) if pole else [])]
-    english = embedder([texts[0] for _, texts in rows])
-    others = embedder([text for _, texts in rows for text in texts[1:]])
-    own = np.repeat(np.arange(len(rows)), [len(texts) - 1 for _, texts in rows])
-    understood = float(((others @ english.T).argmax(1) == own).mean()) >= MULTILINGUAL
-    return [Example(text, sides if understood else {}, 2.0, True) for sides, texts in rows for text in texts[1:]]
+    held_out = set(rng.sample(range(len(rows)), round(HELD_OUT * len(rows))))
+    english, *others = zip(*(texts for _, texts in rows), strict=True)
+    own = embed(english)
+    found = []
+    for language in others:
+        is_own = (embed(language) @ own.T).argmax(1) == np.arange(len(rows))
+        understood = float(is_own.mean()) >= MULTILINGUAL
+        for row, text in enumerate(language):
+            found.append(Example(text, rows[row][0] if understood else {}, 2.0, True, held_out=row in held_out))
+    return found
 
 
 def fit_readout(
@@ -123,9 +135,14 @@ def fit_readout(
         seed: of the sentences made from qualities, of what is held out and of the training.
         epochs: passes over the examples.
         progress: told what is under way and how much of it is done.
+
+    Raises:
+        UsageError: no dimension is of kind style.
     """
     keys = tuple(key for key, dimension in dimensions.items() if dimension.kind == "style")
-    given = [*examples(anchors, dimensions, seed), *foreign_examples(embedder, dimensions)]
+    if not keys:
+        raise UsageError("there is no style dimension to read")
+    given = [*examples(anchors, dimensions, seed), *foreign_examples(embedder, dimensions, seed)]
     targets = np.array([[one.sides.get(key, 0) for key in keys] for one in given])
     held_out = np.array([one.held_out for one in given])
     with torch.random.fork_rng():
@@ -137,7 +154,8 @@ def fit_readout(
         _train(reader, embedder, [given[row] for row in rest], targets[rest], epochs, seed, progress)
     bank = torch.from_numpy(embedder([anchor.text for anchor in anchors]))
     head = {f"head.{name}": tensor.detach() for name, tensor in reader.head.state_dict().items()}
-    readout = ReadOut(embedder, keys, 0.0, anchors, {**learned(encoder), **head, "anchors": bank})
+    poles = {key: dimensions[key].poles for key in keys}
+    readout = ReadOut(embedder, poles, 0.0, anchors, {**learned(encoder), **head, "anchors": bank})
     texts = [one.text for one, out in zip(given, held_out, strict=True) if out]
     readout.threshold, measured = _threshold(readout.values(texts), targets[held_out])
     counts = {"examples": len(rest), "held_out": len(texts), "anchors": len(anchors)}

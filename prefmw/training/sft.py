@@ -61,7 +61,7 @@ EAGER = 400
 _NEEDED = {
     "corpus": {"short_chats", "chats", "held_out", "follow_rate"},
     "optimizer": {"learning_rate", "warmup_steps", "weight_decay", "beta2", "batch_tokens", "epochs"},
-    "guide": {"embeddings", "layer", "meaning", "labels"},
+    "guide": {"embedder", "embeddings", "layer", "meaning", "labels"},
 }
 
 SAVE_STEPS = 200
@@ -98,6 +98,10 @@ def load_recipe(name: str) -> Recipe:
             table = getattr(recipe, part)
             if (missing := sorted(keys - set(table))) and (table or part != "guide"):
                 raise TypeError(f"[{part}] lacks {', '.join(missing)}")
+        if recipe.guide and "start" in recipe.model:
+            raise TypeError("[guide] begins a model; one that goes on from another has none")
+        if recipe.guide and not 0 < recipe.guide["layer"] <= recipe.model["num_hidden_layers"]:
+            raise TypeError(f"[guide] reads layer {recipe.guide['layer']}, which the model has not")
     except OSError as error:
         known = sorted(file.stem for file in path.parent.glob("*.toml")) if not name.endswith(".toml") else []
         hint = f"; there is {', '.join(known)}" if known else ""
@@ -125,6 +129,9 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     start = Path(str(files("prefmw"))) / "assets" / recipe.model["start"] if "start" in recipe.model else None
     if start and not (start / "config.json").is_file():
         raise ModelNotFoundError(f"the recipe goes on from '{start.name}', which is not in this installation")
+    embed = Embedder(recipe.guide["embedder"]) if recipe.guide else None
+    if embed:
+        embed(["."])  # what is not installed is told before anything is begun
     digest = corpus_digest()
     _claim(out, recipe, digest)
     dtype = _chosen_dtype(out)
@@ -139,8 +146,8 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         chats = composed(composer.chats(corpus["short_chats"], short=True), corpus["short_chats"])
         short = _Encoded(chats, tokenizer, context, sources)
         whole = _Encoded(composed(composer.chats(corpus["chats"]), corpus["chats"]), tokenizer, context, sources)
-        if sources:
-            model.guide = _guide(recipe, model, tokenizer, sources, partial(bar.track, description="reading"))
+        if sources and embed:
+            model.guide = _guide(recipe, model, tokenizer, sources, embed, partial(bar.track, description="reading"))
     held_out = _Encoded(Composer("dev", seed=recipe.seed).chats(corpus["held_out"]), tokenizer, context)
     optimizer = recipe.optimizer
     step = SHAPE_STEP if dtype == torch.bfloat16 else 1
@@ -199,7 +206,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "training_tokens": sum(short.lengths) + sum(whole.lengths),
         "held_out_loss": held_out_loss,  # nats a token, the mean over batches of 32 chats
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "sentence-transformers")},
         "log": trainer.state.log_history,
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
@@ -305,10 +312,11 @@ def _guide(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     sources: Sources,
+    embed: Embedder,
     progress: Callable[[list[list[str]]], Iterable[list[str]]],
 ) -> Guide:
     """The model's embeddings begun, and the heads that it learns with."""
-    guide, embed, texts = recipe.guide, Embedder(), list(sources.texts)
+    guide, texts = recipe.guide, list(sources.texts)
     begin_embeddings(model.model.embed_tokens, tokenizer, embed, guide["embeddings"])
     parts = progress([texts[at : at + 256] for at in range(0, len(texts), 256)])
     meanings = torch.from_numpy(np.concatenate([embed(part) for part in parts]))

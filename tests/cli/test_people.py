@@ -374,6 +374,15 @@ def test_a_retired_dimension_is_kept_and_acts_no_more(ok, prefmw, alice, own_dim
     assert "humor" not in ok("prefs", "show", "alice")
 
 
+def test_people_are_loaded_with_what_is_retired_since(ok, alice, tmp_path, own_dimensions):
+    ok("prefs", "set", "alice", "optimism=0.5")
+    ok("users", "dump", str(tmp_path / "people.jsonl"))
+    ok("users", "erase", "alice", "--yes")
+    ok("users", "load", str(tmp_path / "people.jsonl"))
+    shown = json.loads(ok("prefs", "show", "alice", "--json"))
+    assert {key: weight["value"] for key, weight in shown["weights"].items()} == {"humor": 0.5, "optimism": 0.5}
+
+
 @pytest.mark.parametrize("content", [None, "[humor", "[spice]\nheat = 1\n"])
 def test_dimensions_that_cannot_be_read_are_told(prefmw, own_dimensions, content):
     own_dimensions.unlink()

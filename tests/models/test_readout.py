@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ import torch
 from prefmw.errors import UsageError
 from prefmw.models.embedder import Embedder
 from prefmw.models.readout import ReadOut, adapted, learned, linear_layers, load_readout
-from prefmw.preferences import default_dimensions
-from prefmw.preferences.anchors import Anchor
+from prefmw.preferences import default_dimensions, parse_dimensions
+from prefmw.preferences.anchors import Anchor, anchor_bank
 from prefmw.training import readout as training
 from prefmw.training.readout import Example, fit_readout
 
@@ -58,10 +60,11 @@ def fitted(embedder) -> tuple[ReadOut, dict]:
         for _ in range(6)
     ]
     original, training.examples = training.examples, lambda *_: made
+    foreign, training.foreign_examples = training.foreign_examples, lambda *_: []
     try:
         return fit_readout(embedder, ANCHORS, default_dimensions(), epochs=40)
     finally:
-        training.examples = original
+        training.examples, training.foreign_examples = original, foreign
 
 
 def test_it_learns_which_side_a_word_is_on(fitted):
@@ -86,6 +89,8 @@ def test_it_comes_back_as_saved(fitted, embedder, tmp_path):
         readout.threshold,
         readout.version(),
     )
+    assert (back.anchors, back.poles) == (tuple(ANCHORS), readout.poles)
+    np.testing.assert_allclose(back.vectors, readout.vectors, atol=1e-3)
     assert back.values([]).shape == (0, len(back.dimensions))
 
 
@@ -131,3 +136,51 @@ def test_an_embedder_that_is_none_is_told(tmp_path):
 
     with pytest.raises(ModelNotFoundError, match="no sentence embedder"):
         Embedder(str(tmp_path / "nothing"))(["a"])
+
+
+# What it is fitted on
+
+
+def test_no_pair_is_made_of_a_held_out_text(monkeypatch):
+    dimensions = default_dimensions()
+    found = training.examples(anchor_bank(dimensions), dimensions, 0)
+    written = [one for one in found if one.written]
+    assert 0.08 < sum(one.held_out for one in written) / len(written) < 0.12
+    assert sum(len(one.sides) > 1 for one in found) > 4000
+    monkeypatch.setattr(training, "HELD_OUT", 1.0)
+    assert all(len(one.sides) <= 1 for one in training.examples(anchor_bank(dimensions), dimensions, 0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[humor]\nnegative = { name = "dry", principle = "D." }\npositive = { name = "witty", principle = "W." }',
+        '[neutral]\nnegative = { name = "a", principle = "A." }\npositive = { name = "b", principle = "B." }',
+        "[humor]\nretired = true",
+    ],
+)
+def test_a_deployments_own_dimensions_bring_their_own_texts(text):
+    dimensions = parse_dimensions(text, default_dimensions())
+    found = training.examples(anchor_bank(dimensions), dimensions, 0)
+    assert not {key for one in found for key in one.sides} & set(tomllib.loads(text))
+
+
+@pytest.mark.parametrize("understands", [True, False])
+def test_other_languages_are_read_only_by_an_embedder_that_knows_them(understands):
+    numbers: dict[str, int] = {}
+
+    def embed(texts):
+        """The same vectors for every language in turn, or the same vector for every text."""
+        rows = [numbers.setdefault(text, len(numbers) % 25) for text in texts] if understands else [0] * len(texts)
+        return np.eye(25, dtype=np.float32)[rows]
+
+    found = training.foreign_examples(embed, default_dimensions(), 0)
+    assert len(found) == 250
+    assert any(one.held_out for one in found)
+    assert any(one.sides for one in found) == understands
+
+
+def test_without_a_style_dimension_nothing_is_fitted(embedder):
+    retired = "".join(f"[{key}]\nretired = true\n" for key, one in default_dimensions().items() if one.kind == "style")
+    with pytest.raises(UsageError, match="no style dimension"):
+        fit_readout(embedder, [], parse_dimensions(retired, default_dimensions()))

@@ -40,6 +40,7 @@ class WordReadOut:
     """Verbosity by short and long, humor by jokes, funny and grave; "no" and "never" turn it round."""
 
     dimensions = DIMENSIONS
+    poles = tuple(default_dimensions()[key].poles for key in DIMENSIONS)
     threshold = 0.5
     anchors = tuple(ANCHORS)
     vectors = embed([anchor.text for anchor in ANCHORS])
@@ -206,10 +207,31 @@ def test_a_file_of_nothing_is_told(tmp_path):
         read_labelled(tmp_path / "none.jsonl", default_dimensions())
 
 
-def test_a_retired_dimension_is_not_read():
-    dimensions = parse_dimensions("[humor]\nretired = true\n", default_dimensions())
-    found = Inferer(embed, WordReadOut(), dimensions).infer("No jokes. I like short answers.")
-    assert list(found.weights) == ["verbosity"]
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[humor]\nretired = true",
+        '[humor]\nnegative = { name = "humorous", principle = "H." }\n'
+        'positive = { name = "serious", principle = "S." }',
+        '[humor]\npositive = { name = "humorous", principle = "H." }',
+        '[humor]\nkind = "quality"\nnegative = { name = "serious", principle = "S." }\n'
+        'positive = { name = "humorous", principle = "H." }',
+    ],
+)
+def test_what_the_registry_does_not_have_as_it_was_fitted_is_not_read(inferer, text):
+    other = Inferer(embed, WordReadOut(), parse_dimensions(text, default_dimensions()))
+    assert list(other.infer("No jokes. I like short answers.").weights) == ["verbosity"]
+    assert other.key("No jokes.") != inferer.key("No jokes.")
+
+
+def test_what_was_inferred_on_a_retired_dimension_is_kept(store, inferer):
+    store.add_user("alice", persona="No jokes. I like short answers.", actor="test")
+    profile = infer_persona(store, store.profile("alice"), inferer)
+    retired = Inferer(embed, WordReadOut(), parse_dimensions("[humor]\nretired = true\n", default_dimensions()))
+    profile = store.edit_user("alice", persona="I like long answers.", actor="test")
+    profile = infer_persona(store, profile, retired)
+    assert {key: round(weight.value) for key, weight in profile.weights.items()} == {"verbosity": 1, "humor": -1}
+    assert list(infer_persona(store, profile, inferer).weights) == ["verbosity"]
 
 
 # The data

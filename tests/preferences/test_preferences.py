@@ -92,6 +92,12 @@ def test_a_dimension_is_replaced_in_its_place():
     assert [anchor for anchor in bank if anchor.dimension == "humor"] == [("I love wit.", "humor", 1)]
 
 
+def test_a_weight_on_a_pole_that_is_gone_asks_for_nothing():
+    replaced = parse_dimensions('[humor]\npositive = { name = "witty", principle = "Be witty." }\n', DIMENSIONS)
+    assert principle_text(profile(humor=-1.0), replaced) == ""
+    assert principle_text(profile(humor=1.0), replaced) == "Be witty."
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

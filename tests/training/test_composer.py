@@ -126,6 +126,17 @@ def test_an_answer_tells_facts_of_its_topic_with_their_own_reasons(chats):
     assert wrong < 0.01 * told  # neighbouring topics share an advice or two
 
 
+def test_sources_are_whole_sentences_of_the_data_files(chats):
+    questions = {question for topic in TOPICS.values() for question in topic.questions}
+    met = 0
+    for chat in chats[:500]:
+        assert len(chat.sources) == len(chat.messages)
+        for message, texts in zip(chat.messages, chat.sources, strict=True):
+            assert message.role != "assistant" or not texts
+            met += bool(questions & set(texts))
+    assert met > 300
+
+
 def test_answers_do_not_loop(chats):
     answers = [answer.text for chat in chats for answer in chat.answers if answer.drawn]
     assert sum(map(repeats, answers)) <= 0.01 * len(answers)
