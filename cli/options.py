@@ -52,7 +52,7 @@ def registry() -> Dimensions:
     return load_dimensions(load_settings())
 
 
-def parse_weight(item: str) -> tuple[str, Stated]:
+def parse_weight(item: str, dimensions: Dimensions) -> tuple[str, Stated]:
     """A dimension and its weight from ``verbosity=-0.6``.
 
     Raises:
@@ -61,7 +61,7 @@ def parse_weight(item: str) -> tuple[str, Stated]:
     from prefmw.preferences import Stated
 
     name, equals, number = item.partition("=")
-    dimension = registry().named(name.strip())
+    dimension = dimensions.named(name.strip())
     try:
         value = float(number)
     except ValueError as error:

@@ -47,7 +47,8 @@ def set_weights(
     database: DatabaseOption = None,
 ) -> None:
     """Set weights."""
-    values = dict(parse_weight(item) for item in weights)
+    dimensions = registry()
+    values = dict(parse_weight(item, dimensions) for item in weights)
     if len(values) < len(weights):
         raise UsageError("a dimension is given twice; give each once")
     with opened_store(database) as store:
@@ -122,7 +123,7 @@ def fit_readout(
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same read-out.")] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Fit the read-out that turns similarities into weights, and print what cross-validation says of it."""
+    """Fit the read-out that turns words into weights, and print how it does on the tenth that is held out."""
     from prefmw.models.embedder import Embedder
     from prefmw.preferences.anchors import anchor_bank
     from prefmw.settings import load_settings

@@ -77,20 +77,21 @@ def _prefs(session: Session, _: str) -> None:
 
 def _set(session: Session, rest: str) -> None:
     """Set weights, as in /set verbosity=-0.6 humor=1; /set humor=none unsets one"""
+    dimensions = registry()
     if not rest:
-        raise UsageError(f"which? as in /set verbosity=-0.6; dimensions: {', '.join(registry())}")
+        raise UsageError(f"which? as in /set verbosity=-0.6; dimensions: {', '.join(dimensions)}")
     changes = {}
     for item in rest.split():
         name, _, value = item.partition("=")
         unset = value == "none"
-        key, stated = (registry().named(name).key, None) if unset else parse_weight(item)
+        key, stated = (dimensions.named(name).key, None) if unset else parse_weight(item, dimensions)
         changes[key] = stated
     profile = session.store.write_weights(
         session.user_id, changes, source=Source.user, actor=actor(), reason="said in a conversation"
     )
     for key in changes:
         weight = profile.weights.get(key)
-        pole = registry()[key].pole(weight.value).name if weight else ""
+        pole = dimensions[key].pole(weight.value).name if weight else ""
         say(f"{key} {weight.value:+.2f}, {pole} ({weight.source.name})" if weight else f"{key} is not set")
 
 

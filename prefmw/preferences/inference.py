@@ -42,8 +42,8 @@ class ReadOut(Protocol):
     """What takes a clause's side: :class:`prefmw.models.readout.ReadOut`, of K dimensions.
 
     ``poles`` are the names of each dimension's negative and positive pole (``None`` where it has none). What is smaller
-    than ``threshold`` is no statement. ``anchors`` are the labelled statements of its bank, which
-    explain a weight, and ``vectors`` their embeddings, (A, D).
+    than ``threshold`` is no statement. ``anchors`` are the labelled statements that explain a weight, and ``vectors``
+    their embeddings, (A, D).
     """
 
     dimensions: tuple[str, ...]

@@ -65,7 +65,8 @@ class Answer:
 @dataclass(frozen=True)
 class Chat:
     """A conversation that ends with an answer; ``answers`` are its assistant's turns, in order. ``sources`` are, for
-    every message, the sentences of the data files that it was made from, whole where the message lost some words.
+    every message, the questions, wordings and pole sentences in it, whole where the message lost some of their words;
+    an answer has none.
     """
 
     messages: tuple[Message, ...]

@@ -8,23 +8,18 @@ answer: its topic and the poles asked for. The heads are thrown away when traini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import PreTrainedTokenizerFast
 
+from prefmw.preferences.inference import Embed
 from prefmw.training.composer import Chat
 from prefmw.training.styles import AXES
 from prefmw.training.topics import load_topics
-
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Texts to unit vectors, (N, D)."""
-
-_NO_TOPIC = len(load_topics())
 
 
 def begin_embeddings(embeddings: nn.Embedding, tokenizer: PreTrainedTokenizerFast, embed: Embed, size: float) -> None:
@@ -67,7 +62,7 @@ class Sources:
         ]
         said = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
         answers = [
-            (ends[index - 1], _topic_number(answer.topic), *(answer.asked.get(axis, 0) + 1 for axis in AXES))
+            (ends[index - 1], _topic_numbers()[answer.topic], *(answer.asked.get(axis, 0) + 1 for axis in AXES))
             for index, answer in zip(said, chat.answers, strict=True)
         ]
         return {
@@ -76,8 +71,10 @@ class Sources:
         }
 
 
-def _topic_number(topic: str | None) -> int:
-    return next((index for index, known in enumerate(load_topics()) if known.id == topic), _NO_TOPIC)
+@cache
+def _topic_numbers() -> dict[str | None, int]:
+    """A number for every topic, and the last one for none."""
+    return {topic: number for number, topic in enumerate([*(known.id for known in load_topics()), None])}
 
 
 class Guide(nn.Module):
@@ -97,7 +94,7 @@ class Guide(nn.Module):
         self.layer = layer
         self._weights = (meaning, labels)
         self.meaning = nn.Linear(width, meanings.shape[1])
-        self.labels = nn.Linear(width, _NO_TOPIC + 1 + 3 * len(AXES))
+        self.labels = nn.Linear(width, len(_topic_numbers()) + 3 * len(AXES))
         self.register_buffer("meanings", meanings, persistent=False)
 
     def forward(self, hidden: Tensor, sources: Tensor, answers: Tensor) -> Tensor:
@@ -114,7 +111,8 @@ class Guide(nn.Module):
         wanted = normalize(wanted.index_add_(0, message, self.meanings[sources[:, 1]]), dim=1)  # (M, E)
         meant = normalize(self.meaning(_scaled(hidden[places])), dim=1)
         loss = weigh_meaning * (1 - (meant * wanted).sum(1)).sum() / max(1, len(places))
-        topics, *poles = self.labels(_scaled(hidden[answers[:, 0]])).split([_NO_TOPIC + 1, *[3] * len(AXES)], dim=1)
+        sizes = [len(_topic_numbers()), *[3] * len(AXES)]
+        topics, *poles = self.labels(_scaled(hidden[answers[:, 0]])).split(sizes, dim=1)
         right = cross_entropy(topics, answers[:, 1])
         for index, logits in enumerate(poles):
             right = right + cross_entropy(logits, answers[:, 2 + index])

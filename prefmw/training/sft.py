@@ -146,6 +146,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         chats = composed(composer.chats(corpus["short_chats"], short=True), corpus["short_chats"])
         short = _Encoded(chats, tokenizer, context, sources)
         whole = _Encoded(composed(composer.chats(corpus["chats"]), corpus["chats"]), tokenizer, context, sources)
+        model.guide = None
         if sources and embed:
             model.guide = _guide(recipe, model, tokenizer, sources, embed, partial(bar.track, description="reading"))
     held_out = _Encoded(Composer("dev", seed=recipe.seed).chats(corpus["held_out"]), tokenizer, context)
@@ -172,7 +173,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     )
     steps = MuonWithAdamW(
         model,
-        getattr(model, "guide", None),
+        model.guide,
         learning_rate=optimizer["learning_rate"],
         weight_decay=optimizer["weight_decay"],
         beta2=optimizer["beta2"],
@@ -196,8 +197,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         trainer.add_callback(_Bar())
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(out / "checkpoints"))
     held_out_loss = trainer.evaluate()["eval_loss"]
-    if sources:
-        del model.guide
+    del model.guide
     folder = _export(model, tokenizer, out / "model")
     metrics = {
         "recipe": asdict(recipe),
