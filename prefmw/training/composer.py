@@ -83,7 +83,7 @@ class _State:
     points: int | None = None
     asked: dict[str, int] = field(default_factory=dict)
     topic: Topic | None = None
-    told: set[int] = field(default_factory=set)
+    told: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     sources: list[tuple[str, ...]] = field(default_factory=list)
@@ -128,14 +128,15 @@ class Composer:
         """One chat about one or more topics, of one to three turns, now and then many."""
         rng = self.random
         state = _State(points=rng.choice((1, 2)) if short else None)
-        turns = 1 if short else rng.choices((1, 2, 3, rng.randint(4, 12)), (0.55, 0.27, 0.14, 0.04))[0]
+        shares = (0.85, 0.15, 0, 0) if short else (0.55, 0.27, 0.14, 0.04)
+        turns = rng.choices((1, 2, 3, rng.randint(4, 12)), shares)[0]
         state.topic = rng.choice(self.topics)
         style = self.draw_style(state.topic)
         in_system = bool(style) and rng.random() < 0.75
         if in_system:
             self._says(state, "system", self.system_prompt(style))
-        elif rng.random() < 0.3:
-            self._says(state, "system", self._one(self._talk.small["system"]["plain"]))
+        elif rng.random() < 0.45:
+            self._says(state, "system", self.plain_system_prompt())
         state.asked.update(style)
         for turn in range(turns):
             question = self._turn(state, first=turn == 0)
@@ -156,7 +157,7 @@ class Composer:
                 self._says(state, "system", self.system_prompt(state.asked))
         for turn in range(1 if short else rng.choices((1, 2, 3), (0.6, 0.3, 0.1))[0]):
             if turn and rng.random() < 0.5:
-                state.topic, state.told = rng.choice(self._allowed_topics(state.asked)), set()
+                state.topic, state.told = rng.choice(self._allowed_topics(state.asked)), []
                 question, answer = self._turn(state, first=True), self._reply(state)
             else:
                 question, text = self.unknown() if rng.random() < 0.65 else self._small_talk()
@@ -186,14 +187,15 @@ class Composer:
 
     def topic_chat(self, *, short: bool = False) -> Chat:
         """Asked what a question is about, the model names the topic, or says that it is none of its own."""
-        rng, forms = self.random, self._talk.small["topic"]
+        rng, forms, topic = self.random, self._talk.small["topic"], None
         if rng.random() < 0.2:
             question, text = self.unknown()[0], self._one(forms["unknown"])
         else:
             topic = rng.choice(self.topics)
             question, text = self._typed(self.question(topic)), self._one(forms["answers"]).format(title=topic.title)
         state = _State()
-        self._exchange(state, self._one(forms["asking"]).format(question=question), Answer(text, None, {}, {}))
+        answer = Answer(text, topic.id if topic else None, {}, {})
+        self._exchange(state, self._one(forms["asking"]).format(question=question), answer)
         return state.chat()
 
     def described_style(self, style: Style, about: str = "own") -> str:
@@ -233,9 +235,17 @@ class Composer:
         if rng.random() < 0.05:
             creative = default_dimensions()["creativity"]
             text = f"{text} {creative.pole(rng.choice((-1, 1))).principle}"
-        if rng.random() < 0.25:
-            text = f"{self._one(self._talk.small['system']['plain'])}{self._one((chr(10) * 2, ' '))}{text}"
+        if rng.random() < 0.3:
+            text = f"{self.plain_system_prompt()}{self._one((chr(10) * 2, ' '))}{text}"
         return text
+
+    def plain_system_prompt(self) -> str:
+        """A system prompt that asks for no style: an instruction, or what is known of a person besides."""
+        small = self._talk.small
+        if self.split != "train" or self.random.random() < 0.5:
+            return str(self._one(small["system"]["plain"]))
+        said = " ".join(self._one(self._talk.neutral) for _ in range(self._one((1, 1, 2))))
+        return str(self._one(small["described"]["known"]).format(said=said))
 
     def principles(self, style: Style) -> str:
         """The pole sentences of ``style``, as :func:`prefmw.preferences.principle_text` writes them, in any order."""
@@ -290,23 +300,26 @@ class Composer:
 
     # Answering.
 
-    def answer(self, topic: Topic, asked: Style, told: set[int] | None = None, points: int | None = None) -> Answer:
+    def answer(self, topic: Topic, asked: Style, told: list[int] | None = None, points: int | None = None) -> Answer:
         """An answer about ``topic`` in the style ``asked``, of at most ``points`` facts; ``told``, those said before,
         is added to.
+
+        Facts go round in their order, from any of them on: what comes next is easy to learn, and nothing comes twice.
         """
-        rng, told = self.random, set() if told is None else told
+        rng, told, count = self.random, [] if told is None else told, len(topic.facts)
         is_first = not told
-        left = [index for index in range(len(topic.facts)) if index not in told]
+        following = ((told[-1] + 1 + step) % count if told else step for step in range(count))
+        left = [index for index in following if index not in told]
         if not left:
             text = self._one(self._talk.small["exhausted"]["answers"]).format(title=topic.title)
             return Answer(text, topic.id, dict(asked), {})
-        used: set[str] = set()
+        used: list[str] = []
         sentences: list[str] = []
         drawn: list[dict[str, int]] = []
-        while left:  # facts go on in their order, so that what comes next is easy to learn and nothing comes twice
-            index = rng.choices(left, [0.5**rank for rank in range(len(left))])[0]
-            left = [later for later in left if later > index]
-            told.add(index)
+        while left:
+            skipped = rng.choices(range(len(left)), [(0.3 if told else 0.5) ** rank for rank in range(len(left))])[0]
+            index, left = left[skipped], left[skipped + 1 :]
+            told.append(index)
             values = {axis: self._value(asked.get(axis, 0)) for axis in AXES}
             drawn.append(values)
             if len(drawn) == 1 and is_first:
@@ -324,14 +337,14 @@ class Composer:
             return asked
         return self.random.choices((-1, 0, 1), (UNASKED, 1 - 2 * UNASKED, UNASKED))[0]
 
-    def _opener(self, values: Style, used: set[str]) -> list[str]:
+    def _opener(self, values: Style, used: list[str]) -> list[str]:
         """At most one sentence in front, for one of the styles drawn."""
         named = [pole_name(axis, sign) for axis, sign in values.items() if sign and axis != "formality"]
         if not named or self.random.random() < 0.35:
             return []
         return [self._fresh(self._styles.forms(self.split, "openers", self._one(named)), used)]
 
-    def _point(self, fact: Fact, values: Style, *, first: bool, used: set[str]) -> list[str]:
+    def _point(self, fact: Fact, values: Style, *, first: bool, used: list[str]) -> list[str]:
         """One fact in the style drawn for it, as sentences."""
         rng, forms, level = self.random, self._styles.forms, _LEVELS[values["complexity"]]
         frame = _FRAMES[values["formality"]]
@@ -380,7 +393,7 @@ class Composer:
         if first:
             return self._typed(self.question(state.topic))
         if rng.random() < 0.3:
-            state.topic, state.told = rng.choice(self._allowed_topics(state.asked)), set()
+            state.topic, state.told = rng.choice(self._allowed_topics(state.asked)), []
             return self._typed(self.question(state.topic))
         if rng.random() < 0.4:
             return self._typed(self._one(self._talk.small["asking"]["more"][self.split]))
@@ -404,8 +417,9 @@ class Composer:
         return self._one(exchange["said"]), self._known(self._one(exchange["answers"]))
 
     def _known(self, answer: str) -> str:
-        first, second = self.random.sample(self.topics, 2)
-        return answer.format(known=f"{first.title} and {second.title}")
+        first = self.random.randrange(len(self.topics))
+        second = (first + len(self.topics) // 2) % len(self.topics)  # so that none is named twice
+        return answer.format(known=f"{self.topics[first].title} and {self.topics[second].title}")
 
     def _worn(self, text: str, most: float = 0.3) -> str:
         """In training, most times, with some of its words lost, up to that share: so that a meaning is learned from all
@@ -466,10 +480,16 @@ class Composer:
     def _one(self, options: Sequence[T]) -> T:
         return self.random.choice(options)
 
-    def _fresh(self, options: Sequence[str], used: set[str]) -> str:
-        """One of ``options`` that this answer has not used yet, while there is one."""
-        choice = self._one([option for option in options if option not in used] or options)
-        used.add(choice)
+    def _fresh(self, options: Sequence[str], used: list[str]) -> str:
+        """One of ``options`` that this answer has not used yet, while there is one: any of them first, later one of the
+        next three behind the last, so that a model sees from that one what may come.
+        """
+        last = next((text for text in reversed(used) if text in options), None)
+        behind = options.index(last) + 1 if last else 0
+        turned = [*options[behind:], *options[:behind]]
+        left = [option for option in turned if option not in used] or turned
+        choice = self._one(left[:3] if last else left)
+        used.append(choice)
         return choice
 
 

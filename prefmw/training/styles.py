@@ -8,6 +8,7 @@ corpus never asks for together.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
@@ -92,16 +93,21 @@ def load_styles() -> Styles:
 
 @dataclass(frozen=True)
 class Talk:
-    """What is said beside the topics: small talk, questions that the model cannot answer, ways of asking."""
+    """What is said beside the topics: small talk, questions that the model cannot answer, ways of asking, and
+    sentences of people about themselves that ask for no style.
+    """
 
     small: dict[str, Any]
     unknown: dict[str, Any]
+    neutral: tuple[str, ...]
 
 
 @cache
 def load_talk() -> Talk:
-    """All of ``talk_files/``."""
-    return Talk(_read("talk_files", "small_talk.toml"), _read("talk_files", "unknown.toml"))
+    """All of ``talk_files/``, and what people say of themselves in ``preference_files/neutral.toml``."""
+    texts = _read("preference_files", "neutral.toml")["texts"]
+    neutral = tuple(text for text in texts if re.match(r"(I|I'm|I've|My|We|Our)\b.*\.$", text))
+    return Talk(_read("talk_files", "small_talk.toml"), _read("talk_files", "unknown.toml"), neutral)
 
 
 def _all(words: Wordings) -> tuple[str, ...]:
