@@ -33,6 +33,9 @@ def steer(
     strength: Annotated[
         list[float] | None, typer.Option("--strength", help="A strength to try; may be given several times.")
     ] = None,
+    further: Annotated[
+        bool, typer.Option("--further", help="The more roundabout held-out questions and personas.")
+    ] = False,
     temperature: Annotated[float, typer.Option("--temperature", help="Of the sampling; 0 is greedy.")] = 0.7,
     controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Add the controls' rows.")] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of the questions and the sampling.")] = 0,
@@ -86,6 +89,7 @@ def steer(
             backend,
             default_dimensions(),
             seed=seed,
+            further=further,
             judge=judge,
             progress=advance,
             keep=keep,
@@ -94,7 +98,7 @@ def steer(
         file.close()
     if json:
         model_used = {"model": backend.chat.name, "model_revision": backend.chat.revision, "dtype": backend.chat.dtype}
-        asked = {"split": split, "n": n, "seed": seed, "methods": names, "controls": controls}
+        asked = {"split": split, "further": further, "n": n, "seed": seed, "methods": names, "controls": controls}
         bounds = {"temperature": temperature, "top_p": TOP_P, "max_tokens": MAX_TOKENS}
         print_json({"rows": table, "settings": {**model_used, **asked, **bounds, "versions": _versions()}})
     else:

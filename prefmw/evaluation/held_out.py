@@ -5,7 +5,7 @@ not trained on.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -49,15 +49,18 @@ class Item:
         return self.profile.persona or "+".join(pole_name(axis, sign) for axis, sign in sorted(self.wanted.items()))
 
 
-def held_out_items(split: Split, per_axis: int, *, seed: int = 0) -> Iterator[Item]:
-    """``per_axis`` items for each axis, both poles and all kinds in turn; the same seed gives the same items."""
+def held_out_items(split: Split, per_axis: int, *, seed: int = 0, further: bool = False) -> Iterator[Item]:
+    """``per_axis`` items for each axis, both poles and all kinds in turn; the same seed gives the same items.
+
+    ``further`` takes the later, more roundabout questions and personas instead.
+    """
     rng = random.Random(f"{split}:{seed}:items")
     for axis in AXES:
         for index in range(per_axis):
-            yield _item(split, axis, (-1, 1)[index % 2], KINDS[index // 2 % len(KINDS)], rng)
+            yield _item(split, axis, (-1, 1)[index % 2], KINDS[index // 2 % len(KINDS)], rng, further)
 
 
-def _item(split: Split, axis: str, sign: int, kind: Kind, rng: random.Random) -> Item:
+def _item(split: Split, axis: str, sign: int, kind: Kind, rng: random.Random, further: bool) -> Item:
     topics, talk = list(load_topics()), load_talk()
     name = pole_name(axis, sign)
     wanted = {axis: sign}
@@ -71,21 +74,28 @@ def _item(split: Split, axis: str, sign: int, kind: Kind, rng: random.Random) ->
             topics = [topic for topic in topics if topic.unseen_styles[split] == name]
     else:
         wordings = load_styles().wordings[split][name]
-        options = {"persona": wordings.personas, "indirect": wordings.indirect, "request": wordings.requests}[kind]
-        persona = rng.choice(options)
+        options = {"persona": wordings.personas, "indirect": wordings.indirect, "request": wordings.requests}
+        if further:
+            options |= {"persona": wordings.further_personas, "indirect": wordings.further_indirect}
+        persona = rng.choice(options[kind])
     topic = rng.choice(topics)
     more = ""
     if rng.random() < LATER:
         more = rng.choice(talk.small["asking"]["more"][split])
     return Item(
         topic=topic,
-        question=rng.choice(topic.dev_questions if split == "dev" else topic.test_questions),
+        question=rng.choice(held_out_questions(topic, split, further=further)),
         more=more,
         profile=profile_of(wanted if kind == "unseen" else {}, persona),
         axis=axis,
         wanted=wanted,
         kind=kind,
     )
+
+
+def held_out_questions(topic: Topic, split: Split, *, further: bool = False) -> Sequence[str]:
+    """The wordings of a topic's questions that training does not hold."""
+    return topic.further[split] if further else topic.dev_questions if split == "dev" else topic.test_questions
 
 
 def profile_of(weights: dict[str, int] | dict[str, float], persona: str = "") -> Profile:

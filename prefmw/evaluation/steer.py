@@ -174,18 +174,19 @@ def steer_rows(
     dimensions: Dimensions,
     *,
     seed: int = 0,
+    further: bool = False,
     judge: SecondOpinion | None = None,
     progress: Callable[[Condition, int], None] = lambda condition, count: None,
     keep: Callable[[Condition, list[Answered]], None] = lambda condition, answered: None,
 ) -> list[dict[str, Any]]:
-    """The table: per condition one row an axis and one over all, ``n`` items an axis.
+    """The table: per condition one row an axis and one over all, ``n`` items an axis, ``further`` ones where asked.
 
     Row keys are those of ``prefmw eval steer --json``. ``ci95`` resamples preferences, not replies; ``over_prompt`` is
     the paired difference to prompting at the same temperature, where that came before; ``off_axis`` the mean size of
     the measures of axes that nobody asked for; ``cost_ratio`` the time per token of a reply over that of ``none``, many
     replies at a time; ``second_opinion``, where there is a ``judge``, ``followed`` by its verdict.
     """
-    items = list(held_out_items(split, n, seed=seed))
+    items = list(held_out_items(split, n, seed=seed, further=further))
     answer_items(items[:4], Condition("none"), backend, dimensions)  # warms up, for the sake of the timing
     table: list[dict[str, Any]] = []
     costs: dict[Condition, float] = {}

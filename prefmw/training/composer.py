@@ -259,7 +259,7 @@ class Composer:
         form = self.random.random()
         if form < 0.3:
             return self._worn(self._request(words)).rstrip(".")
-        text = self._worn(self._one(words.personas if form < 0.55 else words.indirect))
+        text = self._worn(self._described(words, stated=form < 0.55))
         return text if form < 0.85 else f"I'm {text}"
 
     def plain_request(self, style: Style, *, system: bool = False) -> str:
@@ -272,7 +272,7 @@ class Composer:
                 parts.append(self._worn(self._request(words)))
             else:
                 described = self._one(self._talk.small["described"]["system" if system else "user"])
-                persona = self._worn(self._one(words.personas if form < 0.7 else words.indirect))
+                persona = self._worn(self._described(words, stated=form < 0.7))
                 parts.append(described.format(persona=persona))
         return " ".join(parts)
 
@@ -280,13 +280,20 @@ class Composer:
         """An instruction, or what somebody says who wants the pole."""
         return self._one(words.statements if words.statements and self.random.random() < 0.5 else words.requests)
 
+    def _described(self, words: Wordings, *, stated: bool) -> str:
+        """A persona that states the liking, or one that only implies it."""
+        plain, further = (
+            (words.personas, words.further_personas) if stated else (words.indirect, words.further_indirect)
+        )
+        return self._one((*plain, *further) if self.split == "train" else plain)
+
     def question(self, topic: Topic) -> str:
         """A first question about ``topic``."""
         if self.split != "train":
             return self._one(topic.dev_questions if self.split == "dev" else topic.test_questions)
         if self.random.random() < 0.15:
             return str(self._one(self._talk.small["asking"]["about"]).format(title=topic.title))
-        return self._one(topic.questions)
+        return self._one((*topic.questions, *topic.further["train"]))
 
     def unknown(self) -> tuple[str, str]:
         """A question beyond the topics, and its answer."""

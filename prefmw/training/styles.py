@@ -40,13 +40,16 @@ class Wordings:
     """Ways to ask for one pole.
 
     ``requests`` are instructions; ``personas`` noun phrases that state the liking; ``indirect`` noun phrases that only
-    imply it ("a surgeon between two operations"). ``statements``, in training alone, are what people say who want it;
-    the read-out of preferences learns from the same.
+    imply it ("a surgeon between two operations"). ``further_personas`` and ``further_indirect`` came later and are more
+    far-fetched. ``statements``, in training alone, are what people say who want it; the read-out of preferences learns
+    from the same.
     """
 
     requests: tuple[str, ...]
     personas: tuple[str, ...]
     indirect: tuple[str, ...]
+    further_personas: tuple[str, ...]
+    further_indirect: tuple[str, ...]
     statements: tuple[str, ...] = ()
 
 
@@ -77,7 +80,7 @@ def load_styles() -> Styles:
         for pole in POLES[axis]:
             for split in SPLITS:
                 part = table[pole][split]
-                wordings[split][pole] = Wordings(*(tuple(part[k]) for k in ("requests", "personas", "indirect")))
+                wordings[split][pole] = Wordings(**{kind: tuple(texts) for kind, texts in part.items()})
     held_out = {_plain(text) for split in ("dev", "test") for words in wordings[split].values() for text in _all(words)}
     for axis in AXES:
         table = _read("preference_files", f"{axis}.toml")
@@ -111,7 +114,8 @@ def load_talk() -> Talk:
 
 
 def _all(words: Wordings) -> tuple[str, ...]:
-    return (*words.requests, *words.personas, *words.indirect)
+    further = (*words.further_personas, *words.further_indirect)
+    return (*words.requests, *words.personas, *words.indirect, *further)
 
 
 def _plain(text: str) -> str:

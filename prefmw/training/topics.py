@@ -41,8 +41,9 @@ class Fact:
 class Topic:
     """What people ask about one thing, and six independent facts that answer it, the most useful first.
 
-    ``dev_questions`` and ``test_questions`` are wordings that no training chat holds; ``unseen_styles`` names, for the
-    same two splits, the pole that no training chat asks for when it is about this topic.
+    ``dev_questions`` and ``test_questions`` are wordings that no training chat holds; ``further`` are, by split,
+    wordings that came later and are more roundabout; ``unseen_styles`` names, for the two held-out splits, the pole
+    that no training chat asks for when it is about this topic.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Topic:
     questions: tuple[str, ...]
     dev_questions: tuple[str, ...]
     test_questions: tuple[str, ...]
+    further: Mapping[str, tuple[str, ...]]
     unseen_styles: Mapping[str, str]
     followups: tuple[str, ...]
     caveat: str
@@ -76,6 +78,11 @@ def _topic(domain: str, table: dict[str, Any]) -> Topic:
         questions=tuple(table["questions"]),
         dev_questions=tuple(table["dev_questions"]),
         test_questions=tuple(table["test_questions"]),
+        further={
+            "train": tuple(table["further_questions"]),
+            "dev": tuple(table["further_dev_questions"]),
+            "test": tuple(table["further_test_questions"]),
+        },
         unseen_styles=table["unseen_styles"],
         followups=tuple(table["followups"]),
         caveat=table["caveat"],

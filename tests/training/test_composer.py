@@ -49,15 +49,16 @@ def test_every_topic_and_every_pole_occurs(chats):
 
 def test_no_held_out_question_is_trained_on(training_text):
     for topic in TOPICS.values():
-        for question in (*topic.dev_questions, *topic.test_questions):
-            assert question not in topic.questions
+        for question in (*topic.dev_questions, *topic.test_questions, *topic.further["dev"], *topic.further["test"]):
+            assert question not in (*topic.questions, *topic.further["train"])
             assert question.lower() not in training_text
 
 
 def test_no_held_out_wording_is_trained_on(training_text):
     for split in ("dev", "test"):
         for wordings in load_styles().wordings[split].values():
-            for text in (*wordings.requests, *wordings.personas, *wordings.indirect):
+            further = (*wordings.further_personas, *wordings.further_indirect)
+            for text in (*wordings.requests, *wordings.personas, *wordings.indirect, *further):
                 if len(text.split()) >= 4:  # "Be brief." may stand within another sentence
                     assert text.lower() not in training_text, text
 
@@ -89,6 +90,8 @@ def test_a_tenth_of_the_question_wordings_is_held_out_for_each_split():
     for topic in TOPICS.values():
         total = len(topic.questions) + len(topic.dev_questions) + len(topic.test_questions)
         assert len(topic.dev_questions) == len(topic.test_questions) == round(0.1 * total) >= 6
+        held_out = round(0.1 * sum(map(len, topic.further.values())))
+        assert len(topic.further["dev"]) == len(topic.further["test"]) == held_out >= 16
     unseen = Counter(pole for topic in TOPICS.values() for pole in topic.unseen_styles.values())
     assert sum(unseen.values()) == 2 * len(TOPICS)
     assert min(unseen.values()) >= 10
@@ -98,7 +101,7 @@ def test_a_tenth_of_the_question_wordings_is_held_out_for_each_split():
 def test_a_tenth_and_more_of_each_poles_wordings_is_held_out(axis):
     for pole in POLES[axis]:
         by_split = {split: load_styles().wordings[split][pole] for split in SPLITS}
-        for kind in ("requests", "personas", "indirect"):
+        for kind in ("requests", "personas", "indirect", "further_personas", "further_indirect"):
             sets = {split: set(getattr(wordings, kind)) for split, wordings in by_split.items()}
             total = sum(map(len, sets.values()))
             assert len(set().union(*sets.values())) == total
@@ -127,7 +130,7 @@ def test_an_answer_tells_facts_of_its_topic_with_their_own_reasons(chats):
 
 
 def test_sources_are_whole_sentences_of_the_data_files(chats):
-    questions = {question for topic in TOPICS.values() for question in topic.questions}
+    questions = {q for topic in TOPICS.values() for q in (*topic.questions, *topic.further["train"])}
     met = 0
     for chat in chats[:500]:
         assert len(chat.sources) == len(chat.messages)
@@ -135,6 +138,25 @@ def test_sources_are_whole_sentences_of_the_data_files(chats):
             assert message.role != "assistant" or not texts
             met += bool(questions & set(texts))
     assert met > 300
+
+
+def test_what_people_say_of_themselves_may_ask_for_nothing(chats):
+    neutral = load_talk().neutral
+    systems = [
+        (message.content, chat.answers[0].asked)
+        for chat in chats
+        for message in chat.messages
+        if message.role == "system"
+    ]
+    told = [bool(asked) for text, asked in systems if any(said in text for said in neutral)]
+    assert min(told.count(False), told.count(True)) > 20
+
+
+def test_asked_what_a_question_is_about_it_names_the_topic():
+    composer = Composer("train", seed=2)
+    named = [composer.topic_chat().answers[0] for _ in range(200)]
+    assert all((answer.topic is None) == ("none of" in answer.text or "beyond" in answer.text) for answer in named)
+    assert all(TOPICS[answer.topic].title in answer.text for answer in named if answer.topic)
 
 
 def test_answers_do_not_loop(chats):

@@ -24,7 +24,8 @@ def words(text: str) -> list[str]:
 
 
 def every_question(topic: Topic) -> list[str]:
-    return [*topic.questions, *topic.dev_questions, *topic.test_questions, *topic.followups]
+    further = [question for questions in topic.further.values() for question in questions]
+    return [*topic.questions, *topic.dev_questions, *topic.test_questions, *topic.followups, *further]
 
 
 def graded(topic: Topic):
