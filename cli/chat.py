@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prefmw.personalizer import Options, Personalizer
     from prefmw.preferences import Message, PreferenceStore, Profile
     from prefmw.reply import Reply
+    from prefmw.settings import Settings
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Session:
     history: list[Message]
     conversation_id: str | None
     log: bool
+    settings: Settings
     streams: bool = True
     latest: Reply | None = None
     """The latest reply, whole or not."""
@@ -44,10 +46,9 @@ class Session:
         from prefmw.preferences import Message
 
         asked = Message("user", prompt)
-        messages = [Message("system", self.system)] if self.system else []
         stream = self.personalizer.stream(
             self.user_id,
-            [*messages, *self.history, asked],
+            [*self.context(self.history), asked],
             self.options,
             conversation_id=self.conversation_id,
             replaces=replaces,
@@ -78,9 +79,15 @@ class Session:
             say(f"note: {notice}")
         return reply
 
-    def replace_reply(self, prompt: str, text: str, edited: str) -> None:
-        """Let the person's own wording stand in place of the last reply; what was recorded learns of it as feedback."""
-        from prefmw.preferences import Feedback, Message, Turn
+    def context(self, history: Sequence[Message]) -> list[Message]:
+        """The system prompt, where there is one, in front of ``history``."""
+        from prefmw.preferences import Message
+
+        return [*([Message("system", self.system)] if self.system else []), *history]
+
+    def replace_reply(self, edited: str) -> None:
+        """Let the person's own wording stand in place of the last reply, in what is recorded as well."""
+        from prefmw.preferences import Message, Turn
 
         if self.log and self.conversation_id is not None and self.turn_id is not None:
             turns = self.store.turns(self.user_id, self.conversation_id)
@@ -88,8 +95,6 @@ class Session:
             values = {field.name: getattr(turn, field.name) for field in fields(Turn)}
             changes = {"text": edited, "finish_reason": "edited", "token_ids": (), "history": (), "replaces": turn.id}
             recorded = self.store.record(Turn(**values | changes))
-            feedback = Feedback(self.user_id, "edit", prompt, chosen=edited, rejected=text, turn_id=turn.id)
-            self.store.add_feedback(feedback)
             self.turn_id = recorded.turn_id
         self.history[-1] = Message("assistant", edited)
 
@@ -107,9 +112,12 @@ def chat(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="Chat model: a folder, a hub id or an embedded model.")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="auto, none, prompt or linear.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="auto, none, prompt, linear or drift.")] = None,
     strength: Annotated[
-        float | None, typer.Option("--strength", help="How far to steer; linear: ratio in 0..10, 2 by default.")
+        float | None,
+        typer.Option(
+            "--strength", help="How far to steer; linear: ratio in 0..10, 2 by default; drift: gain in 0..5, 1."
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option("-s", "--system", help="System prompt.")] = None,
     continue_: Annotated[bool, typer.Option("-c", "--continue", help="Continue the latest conversation.")] = False,
@@ -173,6 +181,7 @@ def chat(
             conversation_id=earlier.id if earlier else None,
             turn_id=earlier.last_turn if earlier else None,
             log=settings.log,
+            settings=settings,
             streams=not no_stream,
         )
         if question is None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefmw.cli.options import JsonOption, registry
-from prefmw.cli.output import loading, print_json, print_table, printable, progress, progress_bar
+from prefmw.cli.options import JsonOption, read_texts, registry
+from prefmw.cli.output import loading, print_json, print_table, printable, progress, progress_bar, shorten, stages
 from prefmw.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
@@ -59,11 +59,10 @@ def steer(
     from prefmw.settings import load_settings
     from prefmw.training.styles import AXES
 
-    if split not in ("dev", "test"):
-        raise UsageError(f"a split is dev or test, got '{split[:40]}'")
+    check_split(split)
     names = _names(methods)
     rows = conditions(names, strength or [], temperature, controls=controls)
-    if split == "test" and sum(row.name == "linear" for row in rows) > 1:
+    if split == "test" and any(sum(row.name == name for row in rows) > 1 for name in ("linear", "drift")):
         raise UsageError("choose a strength on --split dev; the test split is for reporting one")
     if plot is not None:
         _check_picture(plot, rows)
@@ -153,6 +152,125 @@ def inference(
         print(printable(f"{one['text']}  expected {one['expect']}, found {one['found']}"))
 
 
+@app.command("dials")
+def turn_dials(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The chat model; by default the settings'.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=2, help="Questions an axis and weight.")] = 40,
+    split: Annotated[str, typer.Option("--split", help="dev or test.")] = "test",
+    strength: Annotated[
+        list[float] | None, typer.Option("--strength", help="A gain to try; may be given several times.")
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="Of the sampling; 0 is greedy.")] = 0.7,
+    seed: Annotated[int, typer.Option("--seed", help="Of the questions and the sampling.")] = 0,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the dials to this picture.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Turn each of Drift's dials from -1 to 1, then three at once beside one composed principle."""
+    from prefmw.bootstrap import load_backend
+    from prefmw.evaluation.dials import WEIGHTS, chord_rows, dial_rows
+    from prefmw.evaluation.plots import plot_dials
+    from prefmw.evaluation.steer import MAX_TOKENS, TOP_P, conditions
+    from prefmw.preferences import default_dimensions
+    from prefmw.settings import load_settings
+    from prefmw.training.styles import AXES
+
+    check_split(split)
+    gains = conditions(["drift"], strength or [], temperature, controls=False)
+    if split == "test" and len(gains) > 1:
+        raise UsageError("choose a gain on --split dev; the test split is for reporting one")
+    beside = [*conditions(["prompt", "linear"], [], temperature, controls=False), *gains]
+    if plot is not None:
+        _check_path(plot)
+    settings = load_settings({"model": model})
+    with loading(settings.model):
+        backend = load_backend(settings)
+    total = n * (len(gains) * len(AXES) * len(WEIGHTS) + len(beside))
+    with progress_bar() as bar:
+        task = bar.add_task("replies", total=total)
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+
+        dimensions = default_dimensions()
+        dials = dial_rows(split, n, gains, backend, dimensions, seed=seed, progress=advance)  # type: ignore[arg-type]
+        chords = chord_rows(split, n, beside, backend, dimensions, seed=seed, progress=advance)  # type: ignore[arg-type]
+    if plot is not None:
+        plot_dials(dials, plot)
+    if json:
+        model_used = {"model": backend.chat.name, "model_revision": backend.chat.revision, "dtype": backend.chat.dtype}
+        asked = {"split": split, "n": n, "seed": seed}
+        asked |= {"temperature": temperature, "top_p": TOP_P, "max_tokens": MAX_TOKENS}
+        print_json({"dials": dials, "chords": chords, "settings": {**model_used, **asked, "versions": _versions()}})
+        return
+    print_table(
+        ["gain", "axis", "weight", "mean", "95%", "off axis", "relevant", "loops"],
+        [
+            [
+                f"{row['strength']:g}",
+                row["axis"],
+                f"{row['weight']:+g}",
+                _number(row["mean"]),
+                "{:.2f} to {:.2f}".format(*row["ci95"]),
+                *(_number(row[key]) for key in ("off_axis", "relevance", "repetition")),
+            ]
+            for row in dials
+        ],
+    )
+    print_table(
+        ["three at once", "axis", "n", "followed", "95%", "relevant", "loops"],
+        [
+            [
+                row["method"] + ("" if row["strength"] is None else f" {row['strength']:g}"),
+                row["axis"],
+                str(row["n"]),
+                _number(row["followed"]),
+                "{:.2f}-{:.2f}".format(*row["ci95"]) if row["ci95"] else "–",
+                *(_number(row[key]) for key in ("relevance", "repetition")),
+            ]
+            for row in chords
+        ],
+    )
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help='JSON lines: {"prompt", "response"}.')],
+    zero_shot: Annotated[
+        bool, typer.Option("--zero-shot", help="By the chat model itself, asked for either pole.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The chat model; by default the settings'.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Score replies on every style dimension."""
+    from prefmw.bootstrap import load_backend
+    from prefmw.preferences import Message
+    from prefmw.scoring import Exchange, attribute_scores, scored_dimensions
+    from prefmw.settings import load_settings
+
+    if not zero_shot:
+        raise UsageError("this version scores with --zero-shot alone")
+    texts, dimensions = [texts for _, texts in read_texts(file, "prompt", "response")], registry()
+    settings = load_settings({"model": model})
+    with loading(settings.model):
+        backend = load_backend(settings)
+    keys = scored_dimensions(dimensions)
+    exchanges = [Exchange([Message("user", asked)], reply) for asked, reply in texts]
+    with stages() as tell:
+        scores = attribute_scores(exchanges, backend, dimensions, lambda share: tell("scoring", share))
+    if json:
+        print_json([dict(zip(keys, (round(float(value), 5) for value in row), strict=True)) for row in scores])
+        return
+    rows = [
+        [printable(shorten(reply, 40)), *(f"{value:+.3f}" for value in row)]
+        for (_, reply), row in zip(texts, scores, strict=True)
+    ]
+    print_table(["reply", *keys], rows)
+
+
 @app.command()
 def choices(
     people: Annotated[int, typer.Option("--people", min=1, help="Simulated people.")] = 300,
@@ -180,6 +298,12 @@ def choices(
     print_table(["learner", "wrong", "cosine", "95%"], cells)
 
 
+def check_split(split: str) -> None:
+    """Raise UsageError for what is no split to measure on."""
+    if split not in ("dev", "test"):
+        raise UsageError(f"a split is dev or test, got '{split[:40]}'")
+
+
 def _names(methods: str) -> list[str]:
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if not names:
@@ -188,10 +312,14 @@ def _names(methods: str) -> list[str]:
 
 
 def _check_picture(path: Path, rows: Sequence[Condition]) -> None:
-    if find_spec("matplotlib") is None:
-        raise MissingExtraError("plotting", "eval")
     if sum(row.name == "linear" for row in rows) < 2:
         raise UsageError("--plot draws linear's curve; name linear among the methods and give --strength several times")
+    _check_path(path)
+
+
+def _check_path(path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("plotting", "eval")
     if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
         raise UsageError(f"{path} is no picture's path: a folder that exists, and an ending in .png, .svg or .pdf")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -68,3 +69,41 @@ def parse_weight(item: str, dimensions: Dimensions) -> tuple[str, Stated]:
         got = f"'{number[:20]}'" if equals else "no '='"
         raise UsageError(f"expected {dimension.key}=NUMBER, such as {dimension.key}=-0.6, got {got}") from error
     return dimension.key, Stated(dimension.check(value))
+
+
+def read_texts(path: Path, *names: str) -> list[tuple[int, list[str]]]:
+    """A file of JSON lines, each an object with a text under every one of ``names``: line numbers and texts.
+
+    Raises:
+        UsageError: it cannot be read, is empty, or has a line that is none; the message names the line.
+    """
+    import json
+
+    from prefmw.preferences import check_text
+
+    try:
+        lines = path.read_bytes().decode().split("\n")
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"'{path}' is not valid UTF-8; re-encode it") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"line {number} is no JSON: {error}") from error
+        values = [entry.get(name) if isinstance(entry, dict) else None for name in names]
+        texts = [value for value in values if isinstance(value, str) and value.strip()]
+        if len(texts) < len(names):
+            wanted = ", ".join(f'"{name}": TEXT' for name in names)
+            raise UsageError(f"line {number} is no {{{wanted}}} of texts that are not empty")
+        try:
+            found.append((number, [check_text(text, f"the {name}") for name, text in zip(names, texts, strict=True)]))
+        except UsageError as error:
+            raise UsageError(f"line {number}: {error}") from error
+    if not found:
+        raise UsageError(f"'{path}' is empty")
+    return found

@@ -9,11 +9,12 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prefmw.cli.options import registry
-from prefmw.preferences import STRENGTHS, Dimensions, Profile, principle_text
+from prefmw.preferences import STRENGTHS, Dimensions, Profile, Source, dials_of, persona_sentence, principle_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
+    from prefmw.choices import Lesson
     from prefmw.preferences.inference import Inference
 
 
@@ -96,6 +97,20 @@ def print_inference(inference: Inference, dimensions: Dimensions) -> None:
         say("no preference was found in this")
 
 
+def print_lesson(lesson: Lesson, profile: Profile) -> None:
+    """What choices say of a person's weights, for a person."""
+    learned = lesson.learned
+    assert learned is not None
+    for index, key in enumerate(lesson.dimensions):
+        value, low, high = (float(row[index]) for row in (learned.weights, learned.low, learned.high))
+        acts = profile.weights.get(key)
+        fate = "not sure yet" if key not in lesson.stored else "learned"
+        if key in lesson.stored and acts is not None and acts.source is not Source.learned:
+            fate = f"learned, but the {acts.source.name}'s {acts.value:+.2f} covers it"
+        print(f"{key:<13}{value:+.2f}  {bar(value)}  {low:+.2f} to {high:+.2f}  {fate}")
+    print(f"{lesson.choices} choices; the others predict {lesson.accuracy:.0%} of them")
+
+
 def printable(text: str) -> str:
     """The text with control characters shown instead of obeyed; line breaks and tabs stay."""
     return "".join(char if char in "\n\t" or not _is_control(char) else f"\\x{ord(char):02x}" for char in text)
@@ -134,6 +149,7 @@ def profile_json(profile: Profile, dimensions: Dimensions) -> dict[str, Any]:
         "revision": profile.revision,
         "weights": {key: weight.as_json() for key, weight in profile.weights.items()},
         "principle": principle_text(profile, dimensions),
+        "dials": {dial.dimension: dial.as_json() for dial in dials_of(profile, dimensions)},
         "method": profile.method,
         "strengths": {name: profile.strengths.get(name) for name, dial in STRENGTHS.items() if dial},
         "direction": None,
@@ -148,8 +164,10 @@ def show_profile(profile: Profile, json: bool) -> None:
         print_profile(profile, registry())
 
 
-def print_profile(profile: Profile, dimensions: Dimensions, file: TextIO | None = None) -> None:
-    """A profile for a person: persona, weights as bars, and the principle text they add up to."""
+def print_profile(
+    profile: Profile, dimensions: Dimensions, file: TextIO | None = None, *, method: str | None = None
+) -> None:
+    """A profile for a person: persona, weights as bars, and what they add up to under its method, or another."""
     lines = [
         f"{profile.user_id}  (revision {profile.revision})",
         f"persona    {printable(profile.persona) or '–'}",
@@ -161,8 +179,15 @@ def print_profile(profile: Profile, dimensions: Dimensions, file: TextIO | None 
             pole = dimensions[key].pole(weight.value).name if key in dimensions else "retired"
             pole = pole if weight.value else "neither"
             lines.append(f"  {key:<13}{weight.value:+.2f}  {bar(weight.value)}  {pole:<11} {_origin(profile, key)}")
-    principle = principle_text(profile, dimensions)
-    lines.append(f"principle  {printable(principle) or '– (no persona, and no style weight of 0.15 or more)'}")
+    if (method or profile.method) == "drift":
+        lines.append(f"principle  {printable(persona_sentence(profile)) or '–'}")
+        lines += [
+            f"dial       {dial.dimension} {dial.weight:+.2f}  {printable(dial.principle)}"
+            for dial in dials_of(profile, dimensions)
+        ]
+    else:
+        principle = principle_text(profile, dimensions)
+        lines.append(f"principle  {printable(principle) or '– (no persona, and no style weight of 0.15 or more)'}")
     print(*lines, sep="\n", file=file or sys.stdout)
 
 

@@ -16,9 +16,10 @@ from prefmw.cli.options import (
     actor,
     opened_store,
     parse_weight,
+    read_texts,
     registry,
 )
-from prefmw.cli.output import print_inference, print_json, print_table, say, shorten, show_profile, stages
+from prefmw.cli.output import print_inference, print_json, print_lesson, print_table, say, shorten, show_profile, stages
 from prefmw.errors import UsageError
 from prefmw.preferences import Source
 
@@ -146,6 +147,49 @@ def fit_readout(
             ),
             sep="\n",
         )
+
+
+@app.command()
+def learn(
+    user_id: UserArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help='JSON lines: {"prompt", "chosen", "rejected"}.')],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The chat model that scores; by default the settings'.")
+    ] = None,
+    json: JsonOption = False,
+    database: DatabaseOption = None,
+) -> None:
+    """Learn weights from choices between replies, these and all that were stored before."""
+    from prefmw.bootstrap import load_backend, load_scale
+    from prefmw.choices import LEAST, Choice, learn_from_choices, score_choices
+    from prefmw.cli.output import loading
+    from prefmw.preferences import Message
+    from prefmw.settings import load_settings
+
+    dimensions, settings = registry(), load_settings({"model": model})
+    pairs = read_texts(file, "prompt", "chosen", "rejected")
+    with opened_store(database) as store:
+        known = {(one.prompt, one.chosen, one.rejected) for one in store.feedback(user_id)}
+        new = [texts for _, texts in pairs if tuple(texts) not in known and texts[1].strip() != texts[2].strip()]
+        choices = [Choice("choice", (Message("user", asked),), chosen, rejected) for asked, chosen, rejected in new]
+        with loading(settings.model):
+            backend = load_backend(settings)
+        with stages() as tell:
+            scale = load_scale(settings, dimensions, lambda share: tell("calibrating, once for this model", share))
+            feedback = score_choices(user_id, choices, backend, dimensions, scale, lambda share: tell("scoring", share))
+        for one in feedback:
+            store.add_feedback(one)
+        reason = f"{len(feedback)} choices from {file.name}"
+        lesson = learn_from_choices(store, user_id, scale.dimensions, actor=actor(), reason=reason)
+        profile = store.profile(user_id)
+    if skipped := len(pairs) - len(new):
+        say(f"{skipped} of {len(pairs)} pairs were left out: stored before, or of two equal replies")
+    if lesson.learned is None:
+        say(f"{lesson.choices} choices; {LEAST} are needed before weights are learned")
+    if json:
+        print_json(lesson.as_json())
+    elif lesson.learned is not None:
+        print_lesson(lesson, profile)
 
 
 @app.command()

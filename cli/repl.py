@@ -8,18 +8,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from prefmw.cli.chat import heed_interrupts
 from prefmw.cli.editing import edited
 from prefmw.cli.options import actor, parse_weight, registry
-from prefmw.cli.output import emit, print_profile, printable, say
+from prefmw.cli.output import emit, loading, print_profile, printable, say, stages
 from prefmw.errors import PrefmwError, UsageError, nearest
 from prefmw.preferences import STRENGTHS, Message, Source
 
 if TYPE_CHECKING:
+    from prefmw.choices import Choice
     from prefmw.cli.chat import Session
     from prefmw.models import ChatModel
+    from prefmw.scoring import Scale
 
 
 def converse(session: Session, chat: ChatModel) -> None:
@@ -72,7 +74,9 @@ def _help(session: Session, _: str) -> None:
 
 def _prefs(session: Session, _: str) -> None:
     """Your persona, weights and the principle text they add up to"""
-    print_profile(session.store.profile(session.user_id), registry(), file=sys.stderr)
+    profile = session.store.profile(session.user_id)
+    method = session.personalizer.plan(profile, session.options).method
+    print_profile(profile, registry(), sys.stderr, method=method)
 
 
 def _set(session: Session, rest: str) -> None:
@@ -127,8 +131,59 @@ def _edit(session: Session, _: str) -> None:
     if not changed or changed == text.strip():
         say("nothing was changed")
         return
-    session.replace_reply(prompt, text, changed)
+    turn_id = session.turn_id
+    session.replace_reply(changed)
     say("the reply reads as you wrote it from here on")
+    if session.log:
+        from prefmw.choices import Choice
+
+        messages = [*session.context(session.history[:-2]), Message("user", prompt)]
+        _learn(session, Choice("edit", messages, changed, text, turn_id), _scale(session))
+
+
+def _like(session: Session, _: str) -> None:
+    """The last reply is as you like it: your weights learn from it"""
+    _thumb(session, "like")
+
+
+def _dislike(session: Session, _: str) -> None:
+    """The last reply is not as you like it: your weights learn from it"""
+    _thumb(session, "dislike")
+
+
+def _compare(session: Session, rest: str) -> None:
+    """Two answers to the last question, or to one you add; say which is better, and your weights learn from it"""
+    import secrets
+
+    from prefmw.bootstrap import load_backend
+    from prefmw.choices import Choice, differences, instructive_pair
+    from prefmw.preferences.learning import bradley_terry
+
+    _check_recorded(session)
+    prompt = rest or _last(session)[0]
+    messages = [*session.context(session.history if rest else session.history[:-2]), Message("user", prompt)]
+    scale = _scale(session)
+    with loading("two answers"):
+        one, other = instructive_pair(
+            messages,
+            session.store.profile(session.user_id),
+            bradley_terry(differences(session.store.feedback(session.user_id), scale.dimensions)),
+            load_backend(session.settings),
+            registry(),
+            scale,
+            session.personalizer.sampling(replace(session.options, seed=secrets.randbelow(2**31))),
+        )
+    emit(f"[a] {one}\n\n[b] {other}\n")
+    try:
+        answer = input("a or b? (Enter for neither) ").strip().lower()
+    except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
+        emit("\n")
+        answer = ""
+    if answer not in ("a", "b"):
+        say("nothing was learned")
+        return
+    chosen, rejected = (one, other) if answer == "a" else (other, one)
+    _learn(session, Choice("choice", messages, chosen, rejected), scale)
 
 
 def _multi(session: Session, _: str) -> None:
@@ -178,8 +233,51 @@ def _save(session: Session, rest: str) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[Session, str], None], str]] = {
     f"/{action.__name__.lstrip('_')}": (action, (action.__doc__ or "").strip())
-    for action in (_help, _prefs, _set, _method, _retry, _edit, _multi, _clear, _save)
+    for action in (_help, _prefs, _set, _method, _retry, _edit, _like, _dislike, _compare, _multi, _clear, _save)
 }
+
+
+def _scale(session: Session) -> Scale:
+    """What scores on this model are like, measured at the first need."""
+    from prefmw.bootstrap import load_scale
+
+    with stages() as tell:
+        return load_scale(session.settings, registry(), lambda share: tell("calibrating, once for this model", share))
+
+
+def _check_recorded(session: Session) -> None:
+    if not session.log:
+        raise UsageError("nothing of this conversation is recorded (--no-log), so nothing is learned from it")
+
+
+def _thumb(session: Session, kind: Literal["like", "dislike"]) -> None:
+    from prefmw.choices import Choice
+
+    _check_recorded(session)
+    prompt, text = _last(session)
+    messages = [*session.context(session.history[:-2]), Message("user", prompt)]
+    chosen, rejected = (text, "") if kind == "like" else ("", text)
+    ended = session.latest is None or session.latest.finish_reason == "stop"
+    _learn(session, Choice(kind, messages, chosen, rejected, session.turn_id, ended), _scale(session))
+
+
+def _learn(session: Session, choice: Choice, scale: Scale) -> None:
+    """Store what was said of replies, and tell what the weights are now."""
+    from prefmw.bootstrap import load_backend
+    from prefmw.choices import LEAST, learn_from_choices, score_choices
+
+    before = session.store.profile(session.user_id).revision
+    (feedback,) = score_choices(session.user_id, [choice], load_backend(session.settings), registry(), scale)
+    session.store.add_feedback(feedback)
+    lesson = learn_from_choices(
+        session.store, session.user_id, scale.dimensions, actor=actor(), reason="chosen in a conversation"
+    )
+    if lesson.learned is None:
+        say(f"noted; {LEAST - lesson.choices} more and your weights learn from it")
+        return
+    told = [f"{key} {lesson.learned.weights[lesson.dimensions.index(key)]:+.2f}" for key in lesson.stored]
+    undo = f" (undo: prefmw prefs revert {session.user_id} {before})" if told else ""
+    say(f"from {lesson.choices} choices: {', '.join(told) or 'nothing sure yet'}{undo}")
 
 
 def _how(session: Session) -> str:

@@ -18,7 +18,7 @@ for command in (transfer.export, transfer.erase, transfer.dump, transfer.load):
 PersonaOption = Annotated[
     str | None, typer.Option("--persona", help="The person in plain words, at most 4,000 characters.")
 ]
-MethodOption = Annotated[str | None, typer.Option("--method", help="Alignment method: auto, none, prompt or linear.")]
+MethodOption = Annotated[str | None, typer.Option("--method", help="auto, none, prompt, linear or drift.")]
 StrengthOption = Annotated[float | None, typer.Option("--strength", help="Strength of that method.")]
 
 

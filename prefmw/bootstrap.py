@@ -5,7 +5,9 @@ until it is used.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from prefmw.models import ChatModel
     from prefmw.personalizer import Backend, Personalizer
     from prefmw.preferences.inference import Inferer
+    from prefmw.scoring import Scale
 
 EMBEDDED = ("tiny",)
 """Chat models that ship inside the package, under prefmw/assets."""
@@ -53,6 +56,7 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
         top_k=settings.top_k,
         max_tokens=settings.max_tokens,
         seed=settings.seed,
+        max_dials=settings.max_dials,
     )
     return Personalizer(
         store,
@@ -106,6 +110,36 @@ def load_inferer(settings: Settings, dimensions: Dimensions) -> Inferer:
             readout = load_readout(expanded(settings.readout), embedder)
             _inferers[key] = Inferer(embedder, readout, dimensions)
         return _inferers[key]
+
+
+def load_scale(
+    settings: Settings, dimensions: Dimensions, progress: Callable[[float], None] = lambda share: None
+) -> Scale:
+    """What scores on the settings' chat model are like: measured once per model and registry, then remembered.
+
+    Raises:
+        ModelError: the model cannot be found or loaded.
+        UsageError: its replies do not differ on some dimension.
+    """
+    import hashlib
+
+    from prefmw.scoring import CALIBRATION, Scale, measured_scale
+    from prefmw.training.topics import load_topics
+
+    backend = load_backend(settings)
+    chat = backend.chat
+    model = (chat.name, chat.revision, chat.dtype, settings.quantization, settings.template_options)
+    about = repr((CALIBRATION, model, tuple(dimensions.items())))
+    file = settings.home / "calibrations" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    with suppress(OSError, ValueError, UsageError):  # what is not there or no calibration is measured anew
+        return Scale.from_json(file.read_text(encoding="utf-8"))
+    scale = measured_scale([topic.questions[0] for topic in load_topics()], backend, dimensions, progress)
+    with suppress(OSError):  # a home that cannot be written to costs the measuring every time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(scale.to_json() + "\n", encoding="utf-8")
+        os.replace(unfinished, file)
+    return scale
 
 
 def embedded_path(name: str) -> Path:

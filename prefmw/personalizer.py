@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from prefmw.alignment import Combiner, combine_linear, combine_plain
+from prefmw.alignment import Combiner, combine_drift, combine_linear, combine_plain
 from prefmw.decoding import Engine, Request, Sampling, View
 from prefmw.errors import ConflictError, ContextLengthError, MissingExtraError, UsageError
 from prefmw.models import ChatModel, Detokenizer
@@ -30,6 +30,8 @@ from prefmw.preferences import (
     check_method,
     check_strength,
     check_text,
+    dials_of,
+    persona_sentence,
     principle_text,
 )
 from prefmw.preferences.inference import STRICT, Inference, Inferer
@@ -69,6 +71,7 @@ class Defaults:
     top_k: int | None = None
     max_tokens: int = 512
     seed: int | None = None
+    max_dials: int = 7
 
 
 def choose_method(profile: Profile, principle: str, asked: str | None, default: str) -> str:
@@ -83,6 +86,29 @@ def choose_method(profile: Profile, principle: str, asked: str | None, default: 
         if method is not None and check_method(method) != AUTO:
             return method
     return "linear" if principle else "none"
+
+
+def make_plan(
+    profile: Profile,
+    dimensions: Dimensions,
+    method: str,
+    strength: float | None,
+    sampling: Sampling,
+    *,
+    max_dials: int = Defaults.max_dials,
+) -> Plan:
+    """How ``method`` steers a reply to this person; of more than ``max_dials`` weights Drift takes the strongest."""
+    dials = dials_of(profile, dimensions) if method == "drift" else []
+    return Plan(
+        method=method,
+        strength=strength,
+        principle=persona_sentence(profile) if method == "drift" else principle_text(profile, dimensions),
+        revision=profile.revision,
+        weights=profile.weights,
+        sampling=sampling,
+        dials=tuple(dials[:max_dials]),
+        left_out=tuple(dial.dimension for dial in dials[max_dials:]),
+    )
 
 
 class Personalizer:
@@ -135,13 +161,13 @@ class Personalizer:
             strength = profile.strengths.get(method, self._defaults.strength.get(method))
         elif STRENGTHS[method] is None and options.method in (None, AUTO):
             strength = None  # asked for whatever method applies, and this one takes none: stream() says so
-        return Plan(
-            method=method,
-            strength=check_strength(method, strength),
-            principle=principle,
-            revision=profile.revision,
-            weights=profile.weights,
-            sampling=self._sampling(options),
+        return make_plan(
+            profile,
+            self._dimensions,
+            method,
+            check_strength(method, strength),
+            self.sampling(options),
+            max_dials=self._defaults.max_dials,
         )
 
     def stream(
@@ -247,7 +273,9 @@ class Personalizer:
         if self._loaded:
             self._backend().engine.forget(user_id)
 
-    def _sampling(self, options: Options) -> Sampling:
+    def sampling(self, options: Options) -> Sampling:
+        """How tokens are drawn: as the call says, and else as the defaults do; a seed that nobody gave is drawn."""
+
         def either(name: str) -> Any:
             asked = getattr(options, name)
             return getattr(self._defaults, name) if asked is None else asked
@@ -367,7 +395,15 @@ def _is_news(profile: Profile, dimension: str, value: float) -> bool:
 def _notices(plan: Plan, options: Options, user_id: str) -> list[str]:
     """What was asked for and has no effect."""
     notices = []
-    if plan.method != "none" and not plan.principle:
+    if plan.method == "drift":
+        if not plan.dials:
+            left = "the persona alone has a say" if plan.principle else "the reply is plain"
+            notices.append(f"{user_id} has no style weight, so {left}")
+        if plan.left_out:
+            notices.append(
+                f"of {user_id}'s weights the strongest {len(plan.dials)} act; left out: {', '.join(plan.left_out)}"
+            )
+    elif plan.method != "none" and not plan.principle:
         notices.append(f"{user_id} has no persona and no style weight of 0.15 or more, so the reply is plain")
     if options.strength is not None and plan.strength is None:
         notices.append(f"strength {options.strength:g} has no effect: method '{plan.method}' takes none")
@@ -381,15 +417,23 @@ def build_request(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> R
         views = tuple(View(chat.template.encode(context)) for context in contexts)
         return Request(views, combiner, plan.sampling, parameters, chat.stop_ids)
 
-    if plan.method == "none" or not plan.principle:
+    if plan.method == "none" or not (plan.principle or plan.dials):
         return request(combine_plain, messages)
-    steered = _with_principle(messages, plan.principle, chat)
+    if plan.method == "drift":
+        base = with_principle(messages, plan.principle, chat) if plan.principle else messages
+        if not plan.dials or plan.strength == 0:
+            return request(combine_plain, base)
+        sentences = [" ".join(filter(None, [plan.principle, dial.principle])) for dial in plan.dials]
+        poles = [with_principle(messages, sentence, chat) for sentence in sentences]
+        sizes = [abs(dial.weight) for dial in plan.dials]
+        return request(combine_drift, base, *poles, parameters=(plan.strength or 0.0, *sizes))
+    steered = with_principle(messages, plan.principle, chat)
     if plan.method == "prompt" or plan.strength == 0:  # at ratio 0 the view without the principle has no say
         return request(combine_plain, steered)
     return request(combine_linear, messages, steered, parameters=(plan.strength or 0.0,))
 
 
-def _with_principle(messages: Sequence[Message], principle: str, chat: ChatModel) -> list[Message]:
+def with_principle(messages: Sequence[Message], principle: str, chat: ChatModel) -> list[Message]:
     """The conversation with the principle behind its system prompt, or behind the one the template would write."""
     system = _system(messages) or chat.template.default_system
     text = f"{system}\n\n{principle}" if system else principle

@@ -10,12 +10,16 @@ from typing import Any
 from prefmw.decoding import Generation, Sampling
 from prefmw.errors import EngineError, PrefmwError
 from prefmw.models import ChatModel, Detokenizer
-from prefmw.preferences import Weight
+from prefmw.preferences import Dial, Weight
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a reply is steered: everything but the conversation that decides its distribution."""
+    """How a reply is steered: everything but the conversation that decides its distribution.
+
+    ``principle`` is what every steered view reads. ``dials`` are Drift's, a view each; ``left_out`` are the
+    dimensions beyond their bound.
+    """
 
     method: str
     strength: float | None
@@ -23,6 +27,8 @@ class Plan:
     revision: int
     weights: Mapping[str, Weight]
     sampling: Sampling
+    dials: tuple[Dial, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def as_json(self, chat: ChatModel) -> dict[str, Any]:
         """The plan on one model, as it is recorded with a turn."""
@@ -30,6 +36,7 @@ class Plan:
             "method": self.method,
             "strength": self.strength,
             "principle": self.principle,
+            "dials": {dial.dimension: dial.as_json() for dial in self.dials},
             "revision": self.revision,
             "weights": {key: weight.value for key, weight in self.weights.items()},
             "candidates": {
@@ -88,6 +95,8 @@ class Reply:
                 "revision": self.plan.revision,
                 "weights": {key: weight.as_json() for key, weight in self.plan.weights.items()},
                 "principle": self.plan.principle,
+                "dials": {dial.dimension: dial.as_json() for dial in self.plan.dials},
+                "left_out": list(self.plan.left_out),
             },
             "timing": {name: value if value is None else round(value, 4) for name, value in vars(self.timing).items()},
             "conversation": self.conversation_id,

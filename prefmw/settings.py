@@ -120,7 +120,7 @@ class Settings(BaseSettings):
     """Keep that in the computer's memory rather than the device's."""
 
     method: str = "auto"
-    """Alignment method for users who chose none: auto, none, prompt or linear."""
+    """Alignment method for users who chose none: auto, none, prompt, linear or drift."""
 
     strength: dict[str, float] = Field(default_factory=dict)
     """Strength by method, for users who chose none: {linear = 3.0} say (PREFMW_STRENGTH__LINEAR)."""
@@ -136,6 +136,9 @@ class Settings(BaseSettings):
 
     max_tokens: int = 512
     """Tokens of a reply, at most."""
+
+    max_dials: int = Field(default=7, ge=1)
+    """Weights that act at once under drift, at most, the strongest first: each is one more row of the forward pass."""
 
     seed: int | None = None
     """Seed of the sampling; a fresh one is drawn, and told, for every reply where none is set."""

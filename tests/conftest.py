@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,27 @@ def tiny() -> Iterator:
     engine = Engine(chat.module, capacity=chat.capacity, vocabulary=chat.vocabulary)
     yield Backend(chat, engine)
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Path], None]:
+    """Put into a home what scores on a model are like, measured once for all tests."""
+    from prefmw.bootstrap import load_scale
+    from prefmw.cli.output import loading
+    from prefmw.preferences import default_dimensions
+    from prefmw.settings import load_settings
+
+    measured: dict[Path, Path] = {}
+
+    def put(model: Path, home: Path) -> None:
+        if model not in measured:
+            with loading(str(model)):
+                load_scale(load_settings({"model": str(model)}), default_dimensions())
+            measured[model] = tmp_path_factory.mktemp("calibrations") / "kept"
+            shutil.copytree(home / "calibrations", measured[model])
+        shutil.copytree(measured[model], home / "calibrations", dirs_exist_ok=True)
+
+    return put
 
 
 @pytest.fixture

@@ -96,6 +96,20 @@ ARROWS = {
         "prefmw.models",
         "prefmw.reply",
     ),
+    "prefmw.scoring": (
+        "prefmw.preferences",
+        "prefmw.decoding",
+        "prefmw.models",
+        "prefmw.personalizer",
+        "prefmw.reply",
+    ),
+    "prefmw.choices": (
+        "prefmw.preferences",
+        "prefmw.decoding",
+        "prefmw.personalizer",
+        "prefmw.reply",
+        "prefmw.scoring",
+    ),
     "prefmw.bootstrap": ("prefmw",),
     "prefmw.stores": ("prefmw.preferences",),
     "prefmw.adapters": (

@@ -151,14 +151,71 @@ def test_steering_without_a_preference_is_plain_and_says_so(make):
     assert plain.notices == ()
 
 
+@pytest.fixture
+def bob_likes(people):
+    def likes(**weights):
+        people.write_weights("bob", {key: Stated(v) for key, v in weights.items()}, source=Source.user, actor="test")
+
+    return likes
+
+
+def test_each_style_weight_is_a_dial_the_strongest_first(make, people, bob_likes):
+    bob_likes(humor=0.1, verbosity=-0.9, formality=0.0, helpfulness=1.0)
+    plan = make().plan(people.profile("bob"), Options(method="drift"))
+    assert [(dial.dimension, dial.weight) for dial in plan.dials] == [("verbosity", -0.9), ("humor", 0.1)]
+    assert (plan.principle, plan.strength, plan.left_out) == ("", 1.0, ())
+    assert plan.dials[0].principle == default_dimensions()["verbosity"].pole(-1).principle
+
+
+def test_no_gain_no_weight_and_a_weight_of_zero_leave_the_persona_sentence_alone(make, people, bob_likes):
+    personalizer = make()
+    plain = personalizer.reply("bob", QUESTION, Options(method="none", **SHORT))
+    unset = personalizer.reply("bob", QUESTION, Options(method="drift", **SHORT))
+    bob_likes(humor=0.0)
+    zero = personalizer.reply("bob", QUESTION, Options(method="drift", **SHORT))
+    bob_likes(humor=1.0)
+    idle = personalizer.reply("bob", QUESTION, Options(method="drift", strength=0, **SHORT))
+    assert plain.text == unset.text == zero.text == idle.text
+    assert "no style weight" in unset.notices[0]
+    alone = personalizer.reply("alice", QUESTION, Options(method="drift", **SHORT))
+    prompt = personalizer.reply("alice", QUESTION, Options(method="prompt", **SHORT))
+    assert alone.text == prompt.text  # alice has a persona and no weight
+    assert "persona alone" in alone.notices[0]
+
+
+def test_a_full_dial_at_gain_three_is_linear_alignment_at_ratio_two(make, bob_likes):
+    bob_likes(humor=1.0)
+    greedy = {**SHORT, "temperature": 0.0}
+    drift = make().reply("bob", QUESTION, Options(method="drift", strength=3.0, **greedy))
+    linear = make().reply("bob", QUESTION, Options(method="linear", strength=2.0, **greedy))
+    assert drift.text == linear.text  # z0 + 3 d = z1 + 2 d, and the same rule
+
+
+def test_a_dial_changes_the_reply_both_ways(make, bob_likes):
+    texts = set()
+    for weight in (-1.0, 0.0, 1.0):
+        bob_likes(humor=weight)
+        texts.add(make().reply("bob", QUESTION, Options(method="drift", **SHORT)).text)
+    assert len(texts) == 3
+
+
+def test_more_weights_than_act_at_once_are_named(make, bob_likes):
+    bob_likes(humor=0.2, verbosity=-0.9, formality=0.5)
+    reply = make(max_dials=2).reply("bob", QUESTION, Options(method="drift", **SHORT))
+    assert [dial.dimension for dial in reply.plan.dials] == ["verbosity", "formality"]
+    assert reply.plan.left_out == ("humor",)
+    assert reply.as_json()["preferences"]["left_out"] == ["humor"]
+    assert "left out: humor" in reply.notices[0]
+
+
 def test_a_template_s_own_system_prompt_is_kept_beside_the_principle(people, tmp_path):
     from prefmw.decoding import Engine
     from prefmw.models import ModelSpec, load_chat_model
-    from prefmw.personalizer import Backend, _with_principle
+    from prefmw.personalizer import Backend, with_principle
     from tests.toymodels import save_chat_model
 
     chat = load_chat_model(ModelSpec(str(save_chat_model(tmp_path / "qwen", "qwen"))))
-    system, *_ = _with_principle(QUESTION, "Be brief.", chat)
+    system, *_ = with_principle(QUESTION, "Be brief.", chat)
     assert system.content == "You are a helpful assistant.\n\nBe brief."
     engine = Engine(chat.module, capacity=chat.capacity, vocabulary=chat.vocabulary)
     personalizer = Personalizer(people, lambda: Backend(chat, engine), default_dimensions(), Defaults(max_tokens=4))

@@ -1,7 +1,8 @@
 """The candidate rule: which tokens may be sampled at all.
 
 A method that adds to logits can lift a token that no sane reading of the context allows. So every method names one
-distribution it trusts, the rule's (none z0, prompt and linear z1), and only that distribution's nucleus may be sampled.
+distribution it trusts, the rule's (none z0, prompt and linear z1, drift its own at gain 1), and only that
+distribution's nucleus may be sampled.
 
 Shapes: B rows, V vocabulary. Source: the nucleus mask of Linear Alignment's released code (0.8, from the
 with-principle distribution); nucleus sampling is Holtzman et al., "The Curious Case of Neural Text Degeneration".

@@ -1,4 +1,4 @@
-"""Checks that every equation runs first: shapes agree, logits are logits."""
+"""What every equation begins with: shapes agree, logits are logits, and excluded columns stay out of differences."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def per_row(value: Tensor | float, logits: Tensor, name: str, low: float = 0.0) 
     if not bool((column.isfinite() & (column >= low)).all()):
         raise ValueError(f"{name} is finite and at least {low:g}, got {column.tolist()}")
     return column.expand(logits.shape[0]).unsqueeze(1)
+
+
+def difference(z0: Tensor, z1: Tensor) -> Tensor:
+    """d = z1 - z0, (B, V); 0 where either is -inf, since such a column has no finite direction."""
+    return torch.where(z0.isneginf() | z1.isneginf(), torch.zeros_like(z1), z1 - z0)

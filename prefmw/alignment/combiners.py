@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from prefmw.alignment.drift import dials
 from prefmw.alignment.linear import scaled
 from prefmw.alignment.pad import guided
 
@@ -42,6 +43,16 @@ def combine_linear(views: Sequence[Tensor], parameters: Tensor) -> Combined:
     """
     without, with_principle = _views(views, 2)
     return Combined(scaled(without, with_principle, ratio=parameters[:, 0]), with_principle)
+
+
+def combine_drift(views: Sequence[Tensor], parameters: Tensor) -> Combined:
+    """Dials over the views (base, pole 1 .. pole K); parameters are the gain, then the K weights' sizes.
+
+    The rule is the combination at gain 1.
+    """
+    base, *poles = _views(views, parameters.shape[1])
+    moved = dials(base, poles, parameters[:, 1:])
+    return Combined(base + parameters[:, :1] * moved, base + moved)
 
 
 def combine_pad(views: Sequence[Tensor], parameters: Tensor) -> Combined:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefmw.alignment.checks import check_logits, per_row
+from prefmw.alignment.checks import check_logits, difference, per_row
 
 
 def scaled(without: Tensor, with_principle: Tensor, ratio: Tensor | float) -> Tensor:
@@ -42,7 +42,7 @@ def scaled(without: Tensor, with_principle: Tensor, ratio: Tensor | float) -> Te
     """
     z0, z1 = check_logits(without, with_principle)
     step = per_row(ratio, z1, "ratio")
-    return torch.where(z1.isneginf(), z1, z1 + step * _difference(z0, z1))
+    return torch.where(z1.isneginf(), z1, z1 + step * difference(z0, z1))
 
 
 def normalized(without: Tensor, with_principle: Tensor, step: Tensor | float, vocabulary: int | None = None) -> Tensor:
@@ -74,12 +74,7 @@ def normalized(without: Tensor, with_principle: Tensor, step: Tensor | float, vo
     columns = z0.shape[1] if vocabulary is None else vocabulary
     if not 1 <= columns <= z0.shape[1]:
         raise ValueError(f"vocabulary lies in 1..{z0.shape[1]}, the logits' columns, got {columns}")
-    d = _difference(z0, z1)
+    d = difference(z0, z1)
     norm = d[:, :columns].norm(dim=1, keepdim=True)
     unit = torch.where(norm > 0, d / norm.clamp_min(torch.finfo(torch.float32).tiny), torch.zeros_like(d))
     return torch.where(z1.isneginf(), z1, z0 + length * unit)
-
-
-def _difference(z0: Tensor, z1: Tensor) -> Tensor:
-    """d = z1 - z0, (B, V); 0 where either is -inf, since such a column has no finite direction."""
-    return torch.where(z0.isneginf() | z1.isneginf(), torch.zeros_like(z1), z1 - z0)

@@ -40,6 +40,10 @@ class Row:
     logits: Tensor | None = None
 
 
+Read = tuple[Sequence[int], Sequence[int]]
+"""A context and a reply to it, as token ids."""
+
+
 class Backbone:
     """A model with its slot cache.
 
@@ -63,7 +67,7 @@ class Backbone:
         self.windows = attention_windows(model)
         self._dtype: torch.dtype = model.dtype
         self._layers = int(model.config.get_text_config().num_hidden_layers)
-        self._last: Tensor | None = None
+        self._places: Tensor | None = None
         self._scale: Tensor | None = None
         self.linears = GatedLinears(model)
         self.graphs = StepGraphs(self) if self.device.type == "cuda" else None
@@ -98,6 +102,29 @@ class Backbone:
                 row.cached += row.pending[:count]
                 del row.pending[:count]
                 row.logits = after
+
+    @torch.inference_mode()
+    def log_probabilities(self, pairs: Sequence[Read]) -> list[Tensor]:
+        """log p of every token of a reply after its context and the tokens before it, nats, in one forward.
+
+        Args:
+            pairs: R of (context, reply), token ids, neither empty.
+
+        Returns:
+            For each, (T,), float32, on the CPU.
+        """
+        whole = [[*context, *reply] for context, reply in pairs]
+        width, longest = max(map(len, whole)), max(len(reply) for _, reply in pairs)
+        tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in whole], device=self.device)  # (R, N)
+        first = torch.tensor([len(context) - 1 for context, _ in pairs], device=self.device)
+        self._places = (first.unsqueeze(1) + torch.arange(longest, device=self.device)).clamp(max=width - 1)  # (R, T)
+        try:  # attention is causal: no token looks at the padding behind a row
+            logits = self.model(input_ids=tokens, use_cache=False).logits[..., : self.vocabulary].float()
+        finally:
+            places, self._places = self._places, None
+        said = tokens.gather(1, (places + 1).clamp(max=width - 1))
+        found = logits.gather(2, said.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)  # (R, T)
+        return [row[: len(reply)].cpu() for row, (_, reply) in zip(found, pairs, strict=True)]
 
     def restore(self, row: Row, tokens: Sequence[int], states: States) -> None:
         """Lay kept states of ``tokens`` into an empty row."""
@@ -145,7 +172,7 @@ class Backbone:
             Logits (R, V), float32.
         """
         visible = masks(at, used, self._dtype, self.windows)
-        self._last, self._scale = last, scale
+        self._places, self._scale = last.unsqueeze(1), scale
         self.linears.active = gates
         try:
             output = self.model(
@@ -156,7 +183,7 @@ class Backbone:
                 use_cache=True,
             )
         finally:
-            self._last, self._scale, self.linears.active = None, None, ()
+            self._places, self._scale, self.linears.active = None, None, ()
         logits: Tensor = output.logits[:, -1, : self.vocabulary].float()
         return logits
 
@@ -169,13 +196,14 @@ class Backbone:
         return torch.stack([ones if row.head_scale is None else row.head_scale for row in rows]).to(self.device)
 
     def _before_head(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Of the hidden states (R, N, D), those of each row's last token, scaled: (R, 1, D). So neither padding nor
-        the prompt's other tokens cost a head, whatever the architecture does to its logits afterwards.
+        """Of the hidden states (R, N, D), those of the M places that are asked for in each row, scaled: (R, M, D). So
+        neither padding nor the prompt's other tokens cost a head, whatever the architecture does to its logits
+        afterwards.
         """
-        if self._last is None:
+        if self._places is None:
             return None
         (hidden,) = inputs
-        hidden = hidden.gather(1, self._last[:, None, None].expand(-1, 1, hidden.shape[2]))
+        hidden = hidden.gather(1, self._places.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
         if self._scale is not None:
             hidden = hidden * self._scale.unsqueeze(1).to(hidden.dtype)
         return (hidden,)

@@ -5,9 +5,9 @@ next-token logits. It knows no text, no chat template and no user. One worker th
 requests through a bounded queue and read tokens from a :class:`~prefmw.decoding.generation.Generation`.
 
 Each step of the worker: take in what waits, read one chunk of the prompts that are not read yet, then decode one token
-of every reply whose prompts are: all their views that share a backbone are rows of one forward. So a long prompt stalls
-nobody,
-and replies come and go between any two tokens.
+of every reply whose prompts are: all their views that share a backbone are rows of one forward; then read a few
+finished replies, where somebody wants their probabilities. So a long prompt stalls nobody, and replies come and go
+between any two tokens.
 
 Shapes: B requests, K views each, V vocabulary, P parameters.
 """
@@ -17,13 +17,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefmw.decoding.backbone import Backbone, Row
+from prefmw.decoding.backbone import Backbone, Read, Row
 from prefmw.decoding.generation import FinishReason, Generation
 from prefmw.decoding.linears import Adapter
 from prefmw.decoding.parking import Parking
@@ -34,6 +37,12 @@ from prefmw.errors import ContextLengthError, EngineClosedError, EngineError, En
 
 MAX_ROWS = 64
 """Views decoded at once; requests beyond them wait."""
+
+READ_AT_ONCE = {"cpu": 1024, "cuda": 8192}
+"""Tokens, padding included, of finished replies that are read between two steps; one pair at least."""
+
+LOGITS_AT_ONCE = 1 << 27
+"""Logits that such a reading may hold, 0.5 GB of them."""
 
 CHUNK = {"cpu": 256, "cuda": 2048}
 """Prompt tokens read between two steps of the replies that are under way."""
@@ -76,6 +85,7 @@ class Engine:
         self._next: deque[_Reply] = deque()  # taken from the queue, without rows so far
         self._reading: deque[_Reply] = deque()  # with a prompt not yet read
         self._replying: list[_Reply] = []
+        self._errands: deque[tuple[Callable[[], list[Tensor]], Future[list[Tensor]]]] = deque()
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
@@ -116,10 +126,55 @@ class Engine:
             except queue.Full as error:
                 size = self._waiting.maxsize
                 raise EngineOverloadedError(f"the engine's queue is full ({size} requests); try again later") from error
-            if self._worker is None or not self._worker.is_alive():  # the first request, or the first after a fork
-                self._worker = threading.Thread(target=self._work, name="prefmw-engine", daemon=True)
-                self._worker.start()
+            self._begin()
         return generation
+
+    def log_probabilities(
+        self, pairs: Sequence[Read], progress: Callable[[float], None] = lambda share: None
+    ) -> list[Tensor]:
+        """log p of every token of each reply in its context, in nats, (T,) each; waits for it.
+
+        The worker reads some of them at a time, between two steps of the replies under way, so those go on.
+        ``progress`` is told the share that is read.
+
+        Raises:
+            UsageError: a context or a reply is empty.
+            ContextLengthError: they exceed the capacity together.
+            EngineError: the model failed, for want of memory say.
+            EngineClosedError: the engine was shut down.
+        """
+        if any(not context or not reply for context, reply in pairs):
+            raise UsageError("a reply to be read needs a token of its own and one in front of it")
+        longest = max((len(context) + len(reply) for context, reply in pairs), default=0)
+        if longest > self._capacity:
+            raise ContextLengthError(f"{longest} tokens exceed the model's context of {self._capacity}")
+        backbone = self._tables[BASE].backbone
+        room = READ_AT_ONCE.get(backbone.device.type, READ_AT_ONCE["cuda"])
+        waiting = deque(sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1])))
+        found: dict[int, Tensor] = {}
+        most = len(pairs)
+        while waiting:
+            batch: list[int] = []
+            longest = 0
+            while waiting and len(batch) < most:
+                context, reply = pairs[waiting[0]]
+                longest, count = max(longest, len(reply)), len(batch) + 1
+                too_wide = count * (len(context) + len(reply)) > room
+                if batch and (too_wide or count * longest * backbone.vocabulary > LOGITS_AT_ONCE):
+                    break
+                batch.append(waiting.popleft())
+            try:
+                read = self._between_steps(partial(backbone.log_probabilities, [pairs[index] for index in batch]))
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    size = sum(map(len, pairs[batch[0]]))
+                    raise EngineError(f"out of memory with one reply to be read, of {size} tokens") from error
+                waiting.extendleft(reversed(batch))
+                most = len(batch) // 2
+                continue
+            found.update(zip(batch, read, strict=True))
+            progress(len(found) / len(pairs))
+        return [found[index] for index in range(len(pairs))]
 
     def self_check(self) -> None:
         """Compare rows with whole forwards of the model; before the first request.
@@ -152,6 +207,25 @@ class Engine:
         for table in self._tables.values():
             table.backbone.release()
 
+    def _begin(self) -> None:
+        """Start the worker, at the first request or at the first after a fork; under the lock."""
+        if self._worker is None or not self._worker.is_alive():
+            self._worker = threading.Thread(target=self._work, name="prefmw-engine", daemon=True)
+            self._worker.start()
+
+    def _between_steps(self, errand: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What ``errand`` returns, done by the worker."""
+        future: Future[list[Tensor]] = Future()
+        with self._lock:
+            if self._closed.is_set():
+                raise EngineClosedError("the engine is shut down; build a new one")
+            self._errands.append((errand, future))
+            self._begin()
+        if self._waiting.empty():
+            with suppress(queue.Full):
+                self._waiting.put_nowait(None)  # wakes a worker that waits
+        return future.result()
+
     def _check(self, request: Request) -> None:
         if not request.views or any(len(view.context) == 0 for view in request.views):
             raise UsageError("a request needs at least one view, and every view at least one token of context")
@@ -181,6 +255,7 @@ class Engine:
                 self._admit()
                 self._read_prompts()
                 self._reply()
+                self._run_errand()
             except torch.OutOfMemoryError as error:
                 self._make_room(error)
             except BaseException as error:  # whatever it was, its cause goes to those it hit, and the worker goes on
@@ -193,11 +268,28 @@ class Engine:
                 self._next.append(left)
         for reply in [*self._replying, *self._reading, *self._next]:
             reply.close()
+        for _, future in self._errands:
+            future.set_exception(EngineClosedError("the engine was shut down"))
         self._sweep()
+
+    def _run_errand(self) -> None:
+        """The first of what else there is to read; its failure is its caller's."""
+        if self._errands:
+            errand, future = self._errands.popleft()
+            try:
+                future.set_result(errand())
+            except torch.OutOfMemoryError as error:
+                torch.cuda.empty_cache()
+                self._parking.forget()
+                future.set_exception(error)
+            except BaseException as error:
+                failure = EngineError(f"the model could not read the replies: {error}")
+                failure.__cause__ = error
+                future.set_exception(failure)
 
     def _take_in(self) -> None:
         """What waits in the queue; sleeps until something does where there is nothing else to do."""
-        idle = not (self._replying or self._reading or self._next)
+        idle = not (self._replying or self._reading or self._next or self._errands)
         while len(self._next) < self._max_rows:
             try:
                 reply = self._waiting.get(block=idle)

@@ -1,9 +1,10 @@
-"""How soon choices tell what a person likes: simulated people choose between random replies.
+"""How soon choices tell what a person likes: simulated people choose between replies.
 
 Their weights are known, uniform on the sphere of six dimensions; replies' scores differ by standard normals. A person
 takes the better reply, but with probability ``wrong`` the other. What is learned is judged by its cosine to the truth,
-beside a Bayes reference that knows how people and replies are drawn and how often a choice is wrong: nothing does
-better.
+from random pairs: by :func:`bradley_terry`, by Drift's closed form, and by a Bayes reference that knows how people and
+replies are drawn and how often a choice is wrong, so that nothing does better; and by :func:`bradley_terry` from pairs
+chosen out of ``pool`` random ones for what they teach.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefmw.evaluation.statistics import cluster_interval
-from prefmw.preferences.learning import bradley_terry
+from prefmw.preferences.learning import bradley_terry, closed_form, information
 
 DIMENSIONS = 6
 SAMPLES = 100_000
 """Directions that the Bayes reference weighs; at fifteen right choices some thirty of them are left."""
 
 
-def chooser_rows(people: int, choices: int, wrong: float, seed: int) -> list[dict[str, Any]]:
-    """Mean cosine to the truth with a 95% interval over people, for ours and for the Bayes reference."""
+def chooser_rows(people: int, choices: int, wrong: float, seed: int, pool: int = 100) -> list[dict[str, Any]]:
+    """Mean cosine to the truth with a 95% interval over people, a row for each way of learning."""
     rng = np.random.default_rng(seed)
+    (another,) = rng.spawn(1)  # so that random pairs are the same whatever is chosen
     directions = _on_sphere(rng, SAMPLES)
-    cosines: dict[str, list[float]] = {"bradley-terry": [], "bayes": []}
+    cosines: dict[str, list[float]] = {"bradley-terry": [], "closed form": [], "bayes": [], "chosen pairs": []}
     for hidden in _on_sphere(rng, people):
         differences = rng.normal(size=(choices, DIMENSIONS))
         slips = np.where(rng.random(choices) < wrong, -1, 1)
         chosen = differences * (np.sign(differences @ hidden) * slips)[:, None]
         for name, found in (
             ("bradley-terry", bradley_terry(chosen).weights),
+            ("closed form", closed_form(chosen)),
             ("bayes", _posterior_mean(chosen, directions, wrong)),
+            ("chosen pairs", _from_chosen_pairs(hidden, slips, pool, another)),
         ):
             cosines[name].append(float(found @ hidden / (np.linalg.norm(found) + 1e-12)))
     return [
@@ -46,6 +50,18 @@ def chooser_rows(people: int, choices: int, wrong: float, seed: int) -> list[dic
         }
         for name, values in cosines.items()
     ]
+
+
+def _from_chosen_pairs(
+    hidden: NDArray[np.float64], slips: NDArray[np.int64], pool: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Weights learned from as many choices as ``slips``, each between the most instructive of ``pool`` pairs."""
+    asked = np.zeros((1, DIMENSIONS))  # a comparison of two equal replies says nothing
+    for slip in slips:
+        candidates = rng.normal(size=(pool, DIMENSIONS))
+        pair = candidates[information(candidates, bradley_terry(asked)).argmax()]
+        asked = np.vstack([asked, pair * np.sign(pair @ hidden) * slip])
+    return bradley_terry(asked).weights
 
 
 def _posterior_mean(chosen: NDArray[np.float64], directions: NDArray[np.float64], wrong: float) -> NDArray[np.float64]:

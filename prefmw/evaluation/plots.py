@@ -40,3 +40,27 @@ def plot_strengths(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for plot in (left, right):
         plot.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def plot_dials(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """How each axis' measure goes with its weight, a line a gain, an axis a panel.
+
+    Args:
+        rows: ``dials`` of ``prefmw eval dials --json``.
+        path: where the picture goes; its ending names the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(AXES), sharex=True, sharey=True)
+    for panel, axis in zip(panels, AXES, strict=True):
+        for gain in dict.fromkeys(row["strength"] for row in rows):
+            turned = [row for row in rows if row["axis"] == axis and row["strength"] == gain]
+            weights = [row["weight"] for row in turned]
+            panel.plot(weights, [row["mean"] for row in turned], marker="o", markersize=3, label=f"gain {gain:g}")
+            panel.fill_between(weights, *zip(*(row["ci95"] for row in turned), strict=True), alpha=0.15)
+        panel.set(title=axis, xlabel="weight", ylim=(-1, 1), xticks=(-1, 0, 1))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("measure")
+    panels[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prefmw.alignment import Combined
@@ -31,8 +30,8 @@ from prefmw.evaluation.held_out import KINDS, Item, held_out_items
 from prefmw.evaluation.oracles import followed, measure
 from prefmw.evaluation.second_opinion import SecondOpinion
 from prefmw.evaluation.statistics import cluster_interval
-from prefmw.personalizer import Backend, Defaults, build_request
-from prefmw.preferences import STRENGTHS, Dimensions, Message, Profile, check_method, check_strength, principle_text
+from prefmw.personalizer import Backend, Defaults, build_request, make_plan
+from prefmw.preferences import STRENGTHS, Dimensions, Message, Profile, check_method, check_strength
 from prefmw.reply import Plan
 from prefmw.training.styles import AXES, Split
 
@@ -147,7 +146,7 @@ def answer_items(
     applied = _shuffled(items, seed) if condition.name == "shuffled" else items
     profiles = [other.profile for other in applied]
     opened = [[Message("user", item.question)] for item in items]
-    texts, seconds, tokens = _replies(opened, profiles, condition, backend, dimensions, seed, progress)
+    texts, seconds, tokens = replies_to(opened, profiles, condition, backend, dimensions, seed, progress)
     later = [index for index, item in enumerate(items) if item.more]
     if later:
         longer = [
@@ -155,7 +154,7 @@ def answer_items(
             for index in later
         ]
         people = [profiles[index] for index in later]
-        again = _replies(longer, people, condition, backend, dimensions, seed + len(items), lambda count: None)
+        again = replies_to(longer, people, condition, backend, dimensions, seed + len(items), lambda count: None)
         seconds, tokens = seconds + again[1], tokens + again[2]
         for index, text in zip(later, again[0], strict=True):
             texts[index] = text
@@ -275,7 +274,7 @@ def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
     return [rng.choice([other for other in items if not set(other.wanted) & set(item.wanted)]) for item in items]
 
 
-def _replies(
+def replies_to(
     conversations: Sequence[Sequence[Message]],
     profiles: Sequence[Profile],
     condition: Condition,
@@ -307,8 +306,8 @@ def _replies(
         for index, messages in enumerate(conversations):
             candidates = said[index * many : (index + 1) * many]
             plan = _plan("linear", profiles[index], condition, dimensions, strength=1.0)
-            contexts = [list(view.context) for view in build_request(plan, messages, chat).views]
-            gains = [_gain(reply, contexts, chat) for reply in candidates]
+            without, with_it = [list(view.context) for view in build_request(plan, messages, chat).views]
+            gains = [_gain(reply, without, with_it, backend) for reply in candidates]
             chosen.append(candidates[gains.index(max(gains))])
         said = chosen
     seconds, tokens = time.perf_counter() - started, sum(map(len, said))
@@ -320,7 +319,7 @@ def _request(
 ) -> Request:
     method = {"sharpened": "prompt", "shuffled": "linear"}.get(condition.name, condition.name)
     method = "prompt" if method.startswith("best-of-") else method
-    strength = condition.strength if method == "linear" else None
+    strength = condition.strength if STRENGTHS[method] else None
     plan = _plan(method, profile, condition, dimensions, strength)
     request = build_request(plan, messages, backend.chat)
     if condition.name == "sharpened":
@@ -330,19 +329,12 @@ def _request(
 
 def _plan(method: str, profile: Profile, condition: Condition, dimensions: Dimensions, strength: float | None) -> Plan:
     sampling = Sampling(temperature=condition.temperature, top_p=TOP_P, top_k=None, max_tokens=MAX_TOKENS, seed=0)
-    principle = principle_text(profile, dimensions)
-    return Plan(method, strength, principle, profile.revision, profile.weights, sampling)
+    return make_plan(profile, dimensions, method, strength, sampling)
 
 
-@torch.inference_mode()
-def _gain(reply: list[int], contexts: list[list[int]], chat: Any) -> float:
-    """log p(reply | with) - log p(reply | without), nats; the contexts are (without, with)."""
+def _gain(reply: list[int], without: list[int], with_it: list[int], backend: Backend) -> float:
+    """log p(reply | with) - log p(reply | without), nats."""
     if not reply:
         return -math.inf
-    scores = []
-    for context in contexts:
-        tokens = torch.tensor([[*context, *reply]], device=chat.module.device)
-        logits = chat.module(input_ids=tokens).logits[0, len(context) - 1 : -1].float()  # (T, V)
-        chosen = logits.log_softmax(dim=1).gather(1, tokens[0, len(context) :].unsqueeze(1))
-        scores.append(float(chosen.sum()))
-    return scores[1] - scores[0]
+    plain, steered = backend.engine.log_probabilities([(without, reply), (with_it, reply)])
+    return float(steered.sum() - plain.sum())

@@ -78,6 +78,22 @@ class ChatTemplate:
             )
         return cut
 
+    def encode_reply(self, text: str) -> list[int]:
+        """A finished reply's token ids, as they stand behind a prompt; its text can never become a control token.
+
+        Raises:
+            ChatTemplateError: the tokenizer reads a control token in it however it is split.
+        """
+        if self._text_markers:
+            text = self._text_markers.sub(_break, text)
+        ids = [token for part in self._cut([(text, True)]) for token in self._tokenise_part(part)]
+        if self._controls(ids):
+            raise ChatTemplateError(
+                f"a reply holds text that the tokenizer of '{self._name}' reads as a control token however it is "
+                "split; remove it"
+            )
+        return ids
+
     @property
     def _drops_reasoning(self) -> bool:
         """Whether the template leaves earlier reasoning out, as Qwen3's and DeepSeek-R1's do; a mark would hide it."""

@@ -2,7 +2,7 @@
 
 from prefmw.preferences.dimensions import Dimension, Dimensions, default_dimensions, parse_dimensions
 from prefmw.preferences.methods import AUTO, METHODS, STRENGTHS, check_method, check_strength
-from prefmw.preferences.principle import principle_text
+from prefmw.preferences.principle import Dial, dials_of, persona_sentence, principle_text
 from prefmw.preferences.profile import (
     Message,
     Profile,
@@ -22,6 +22,7 @@ from prefmw.preferences.store import (
     Conversation,
     ConversationEntry,
     Feedback,
+    FeedbackKind,
     PreferenceStore,
     Recorded,
     RecordedFeedback,
@@ -36,9 +37,11 @@ __all__ = [
     "UNCHANGED",
     "Conversation",
     "ConversationEntry",
+    "Dial",
     "Dimension",
     "Dimensions",
     "Feedback",
+    "FeedbackKind",
     "Message",
     "PreferenceStore",
     "Profile",
@@ -59,6 +62,8 @@ __all__ = [
     "check_text",
     "check_user_id",
     "default_dimensions",
+    "dials_of",
     "parse_dimensions",
+    "persona_sentence",
     "principle_text",
 ]

@@ -34,7 +34,7 @@ STRENGTHS: dict[str, Strength | None] = {
 }
 """The strength of every method that prefmw is designed for; ``None`` where a method takes none."""
 
-METHODS = ("none", "prompt", "linear")
+METHODS = ("none", "prompt", "linear", "drift")
 """The methods that this version decodes with."""
 
 

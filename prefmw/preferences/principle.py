@@ -1,10 +1,12 @@
-"""The principle text: a profile in words, as Linear Alignment and preference prompting read it.
+"""A profile in words: the principle text that Linear Alignment and preference prompting read, and Drift's dials.
 
 Source: Linear Alignment (papers index in docs/architecture.md), Appendix B, "Personal preference evaluation prompts":
 the sentence about the person who asked. The pole sentences after it are prefmw's own.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 from prefmw.preferences.dimensions import Dimensions
 from prefmw.preferences.profile import Profile
@@ -25,13 +27,34 @@ def principle_text(profile: Profile, dimensions: Dimensions) -> str:
     text; a weight's size decides whether and where its sentence stands, not how it is worded. A weight on the side of a
     pole that the dimension lacks, stored before the registry changed, asks for nothing.
     """
-    sentences = []
-    if profile.persona:
-        persona = " ".join(profile.persona.split()).rstrip(".")
-        sentences.append(PERSONA_SENTENCE.format(persona=persona))
-    weights = profile.weights
-    telling = [key for key in dimensions if key in weights and abs(weights[key].value) >= THRESHOLD]
-    for key in sorted(telling, key=lambda key: -abs(weights[key].value)):
-        if dimensions[key].kind == "style" and weights[key].value >= dimensions[key].low:
-            sentences.append(dimensions[key].pole(weights[key].value).principle)
-    return " ".join(sentences)
+    told = [dial.principle for dial in dials_of(profile, dimensions) if abs(dial.weight) >= THRESHOLD]
+    return " ".join(filter(None, [persona_sentence(profile), *told]))
+
+
+def persona_sentence(profile: Profile) -> str:
+    """The persona in the paper's words, or ``""`` where there is none."""
+    persona = " ".join(profile.persona.split()).rstrip(".")
+    return PERSONA_SENTENCE.format(persona=persona) if persona else ""
+
+
+class Dial(NamedTuple):
+    """A style weight that is not 0, with the sentence of the pole it leans to."""
+
+    dimension: str
+    weight: float
+    principle: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The dial but for its dimension."""
+        return {"weight": self.weight, "principle": self.principle}
+
+
+def dials_of(profile: Profile, dimensions: Dimensions) -> list[Dial]:
+    """The profile's effective style weights as dials, strongest first (ties in the registry's order)."""
+    weights = {key: profile.weights[key].value for key in dimensions if key in profile.weights}
+    found = [
+        Dial(key, value, dimensions[key].pole(value).principle)
+        for key, value in weights.items()
+        if value and dimensions[key].kind == "style" and value >= dimensions[key].low
+    ]
+    return sorted(found, key=lambda dial: -abs(dial.weight))

@@ -83,7 +83,9 @@ def test_weights_are_set_shown_and_unset(ok, alice):
         "humor": {"value": 1.0, "source": "user", "confidence": 1.0},
     }
     assert shown["principle"].endswith("Be funny and add a joke or two. Keep the answer short and to the point.")
-    assert set(shown) == {"user", "persona", "revision", "weights", "principle", "method", "strengths", "direction"}
+    assert set(shown) == {
+        *("user", "persona", "revision", "weights", "principle", "dials", "method", "strengths", "direction")
+    }
     assert shown == ok("prefs", "show", "alice")
     assert set(ok("prefs", "unset", "alice", "humor")["weights"]) == {"verbosity"}
 
@@ -162,6 +164,109 @@ def test_chat_models_in_the_hub_s_cache_are_listed(ok, monkeypatch, tmp_path):
         (tmp_path / repo / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(tmp_path))
     assert [model["name"] for model in ok("models", "list")] == ["tiny", "some/chat", "some/other-chat"]
+
+
+# Choices
+
+
+def pairs(tmp_path, *lines):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return str(file)
+
+
+def pair(chosen, rejected):
+    return json.dumps({"prompt": QUESTION, "chosen": chosen, "rejected": rejected})
+
+
+SHORT_AND_LONG = [
+    pair(
+        "Go to bed early.", "Well, now, there are a great many things to be said about going to bed, and here they are."
+    ),
+    pair("Get up at seven.", "It so happens that getting up at the same time each and every morning is of some help."),
+    pair(
+        "Drink less coffee.", "Should it be that you drink coffee in the evening, then drinking less would do you good."
+    ),
+]
+
+
+def feedback(prefmw):
+    return json.loads(prefmw("users", "export", "alice")[1])["feedback"]
+
+
+@pytest.fixture
+def learner(alice, toy, home, calibrated):
+    calibrated(toy, home)
+
+
+def test_weights_are_learned_from_pairs_and_the_pairs_are_kept_once(ok, prefmw, learner, toy, tmp_path, home):
+    from prefmw.preferences.learning import bradley_terry
+
+    (calibration,) = (home / "calibrations").iterdir()
+    before = calibration.read_text()
+    file = pairs(tmp_path, *SHORT_AND_LONG)
+    lesson = ok("prefs", "learn", "alice", file, "-m", str(toy))
+    assert lesson["choices"] == 3
+    kept = feedback(prefmw)
+    keys = list(lesson["weights"])
+    assert keys == ["verbosity", "complexity", "humor", "creativity", "friendliness", "formality"]
+    learned = bradley_terry([[row["scores"][key][0] - row["scores"][key][1] for key in keys] for row in kept])
+    assert [lesson["weights"][key]["value"] for key in keys] == pytest.approx(learned.weights.tolist(), abs=1e-4)
+    for weight in lesson["weights"].values():
+        assert weight["interval"][0] <= weight["value"] <= weight["interval"][1]
+        assert weight["stored"] == (weight["confidence"] >= 0.9)
+    stored = {key for key, weight in lesson["weights"].items() if weight["stored"]}
+    assert stored == set(ok("prefs", "show", "alice")["weights"])
+    code, _, err = prefmw("prefs", "learn", "alice", file, "-m", str(toy))
+    assert (code, err) == (0, "3 of 3 pairs were left out: stored before, or of two equal replies\n")
+    assert len(feedback(prefmw)) == 3
+    assert calibration.read_text() == before
+
+
+def test_two_choices_are_kept_and_told_to_be_too_few(prefmw, learner, toy, tmp_path):
+    code, out, err = prefmw("prefs", "learn", "alice", pairs(tmp_path, *SHORT_AND_LONG[:2]), "-m", str(toy))
+    assert (code, out, err) == (0, "", "2 choices; 3 are needed before weights are learned\n")
+
+
+def test_pairs_of_equal_replies_are_left_out(prefmw, learner, toy, tmp_path):
+    file = pairs(tmp_path, pair("A.", "A."), SHORT_AND_LONG[0])
+    code, _, err = prefmw("prefs", "learn", "alice", file, "-m", str(toy))
+    assert (code, err.splitlines()[0]) == (
+        0,
+        "1 of 2 pairs were left out: stored before, or of two equal replies",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is no JSON"),
+        ("[]", "line 2 is no {"),
+        ('{"prompt": "x", "chosen": "y"}', "line 2 is no {"),
+        ('{"prompt": "x", "chosen": "y", "rejected": 3}', "line 2 is no {"),
+        ('{"prompt": "x", "chosen": "y", "rejected": [{"role": "assistant"}]}', "line 2 is no {"),
+        ('{"prompt": "x", "chosen": "y", "rejected": ""}', "line 2 is no {"),
+        ('{"prompt": "x", "chosen": "y", "rejected": "a\\u0000b"}', "line 2: the rejected holds a NUL"),
+    ],
+)
+def test_a_line_that_is_no_pair_is_named_and_nothing_is_stored(prefmw, ok, alice, toy, tmp_path, line, message):
+    code, out, err = prefmw("prefs", "learn", "alice", pairs(tmp_path, SHORT_AND_LONG[0], line), "-m", str(toy))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert feedback(prefmw) == []
+
+
+def test_replies_are_scored(ok, toy, tmp_path):
+    line = json.dumps({"prompt": QUESTION, "response": "Go to bed early."})
+    (scores,) = ok("eval", "score", pairs(tmp_path, line), "--zero-shot", "-m", str(toy))
+    assert set(scores) == {"verbosity", "complexity", "humor", "creativity", "friendliness", "formality"}
+
+
+def test_dials_are_turned_and_three_at_once(ok):
+    table = ok("eval", "dials", "--n", "2")
+    assert len(table["dials"]) == 25
+    assert {row["weight"] for row in table["dials"]} == {-1, -0.5, 0, 0.5, 1}
+    assert [row["method"] for row in table["chords"] if row["axis"] == "all"] == ["prompt", "linear", "drift"]
 
 
 # Chat
@@ -342,6 +447,16 @@ MISTAKES = {
         "no recipe 'huge'; there is",
     ),
     "recipe file that is none": (["train", "sft", "--recipe", "/x.toml", "--out", "/tmp/none"], 2, "no recipe"),
+    "score of no kind": (["eval", "score", "/dev/null"], 2, "--zero-shot"),
+    "nothing to score": (["eval", "score", "/dev/null", "--zero-shot"], 2, "is empty"),
+    "no pairs": (["prefs", "learn", "alice", "/dev/null"], 2, "is empty"),
+    "pairs that are not there": (["prefs", "learn", "alice", "tests/nothing.jsonl"], 2, "cannot be read"),
+    "several gains beside others": (
+        ["eval", "steer", "--methods", "drift", "--strength", "1", "--strength", "2"],
+        2,
+        "choose a strength on --split dev",
+    ),
+    "several gains on the test split": (["eval", "dials", "--strength", "1", "--strength", "2"], 2, "--split dev"),
     "a full folder to train in": (["train", "sft", "--recipe", "tiny", "--out", "/etc"], 2, "not empty"),
     "unknown kind of database": (["users", "list", "-d", "nonsense://x"], 2, "no database of the kind"),
 }

@@ -237,7 +237,57 @@ def test_preferences_and_method_are_changed_in_a_conversation(terminal, home):
         assert database.execute("SELECT method FROM turns").fetchall() == [("prompt",)]
 
 
-def test_a_reply_is_asked_for_again_and_edited(terminal, environment, home, tmp_path):
+def test_weights_learn_from_thumbs_and_comparisons(terminal, home, slow, calibrated):
+    calibrated(slow, home)
+    child = terminal()
+    child.expect("alice> ")
+    child.sendline("/like")
+    child.expect("nothing was answered yet")
+    child.sendline("Hello.")
+    child.expect("alice> ")
+    child.sendline("/like")
+    child.expect("noted; 2 more")
+    child.sendline("/compare")
+    child.expect(r"\[a\] ")
+    child.expect(r"\[b\] ")
+    child.expect("a or b")
+    child.sendline("")
+    child.expect("nothing was learned")
+    child.sendline("/compare How long should a nap be?")
+    child.expect("a or b")
+    child.sendline("b")
+    child.expect("noted; 1 more")
+    child.sendline("/dislike")
+    child.expect("noted; 1 more")  # of two thumbs for a reply the later one counts
+    child.sendline("/compare")
+    child.expect("a or b")
+    child.sendline("a")
+    child.expect("from 3 choices: ")
+    child.sendline("/bye")
+    assert leave(child) == 0
+    with sqlite3.connect(home / "prefmw.db") as database:
+        assert database.execute("SELECT kind FROM feedback ORDER BY id").fetchall() == [
+            ("like",),
+            ("choice",),
+            ("dislike",),
+            ("choice",),
+        ]
+
+
+def test_nothing_is_learned_where_nothing_is_recorded(terminal, home):
+    child = terminal("--no-log")
+    child.expect("alice> ")
+    child.sendline("Hello.")
+    child.expect("alice> ")
+    for command in ("/like", "/dislike", "/compare"):
+        child.sendline(command)
+        child.expect("nothing is learned from it")
+    child.sendline("/bye")
+    assert leave(child) == 0
+
+
+def test_a_reply_is_asked_for_again_and_edited(terminal, environment, home, tmp_path, slow, calibrated):
+    calibrated(slow, home)
     environment["EDITOR"] = f"{sys.executable} -c \"import sys; open(sys.argv[1], 'w').write('mine')\""
     environment.pop("VISUAL", None)
     child = terminal()

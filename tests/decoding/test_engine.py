@@ -323,3 +323,54 @@ def test_closing_fails_what_is_in_flight_and_what_waits(model):
             list(generation)
     with pytest.raises(EngineClosedError):
         engine.submit(Request((View(LONG),), combine_plain, GREEDY))
+
+
+def naive_log_probabilities(model, context, reply) -> torch.Tensor:
+    return torch.stack(
+        [last_logits(model, [*context, *reply[:at]])[0].log_softmax(0)[token] for at, token in enumerate(reply)]
+    )
+
+
+def test_a_reply_s_log_probabilities_are_those_of_whole_forwards(model, engine):
+    pairs = [(LONG, SHORT), (SHORT, LONG[:7]), (SHORT[:1], LONG[:1]), (LONG, LONG)]
+    for found, (context, reply) in zip(engine.log_probabilities(pairs), pairs, strict=True):
+        torch.testing.assert_close(found, naive_log_probabilities(model, context, reply), atol=1e-4, rtol=1e-4)
+    assert engine.log_probabilities([]) == []
+
+
+def test_replies_are_read_while_others_are_in_the_making(model, engine):
+    alone = decode(engine, SHORT)
+    generation = engine.submit(Request((View(SHORT),), combine_plain, GREEDY, (0.0,), frozenset()))
+    (found,) = engine.log_probabilities([(LONG, SHORT)])
+    assert list(generation) == alone[0]
+    torch.testing.assert_close(found, naive_log_probabilities(model, LONG, SHORT), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("pair", "error"), [(((), (5,)), UsageError), (((5,), ()), UsageError)])
+def test_nothing_to_read_is_refused(engine, pair, error):
+    with pytest.raises(error):
+        engine.log_probabilities([pair])
+
+
+def test_replies_beyond_the_capacity_are_not_read(engine):
+    with pytest.raises(ContextLengthError, match="256"):
+        engine.log_probabilities([(range(5, 200), range(5, 100))])
+
+
+def test_a_model_that_fails_to_read_says_so_and_the_engine_goes_on(model, engine, monkeypatch):
+    backbone = engine._tables["base"].backbone
+    with monkeypatch.context() as patch, pytest.raises(EngineError, match="too hot"):
+        patch.setattr(backbone, "log_probabilities", _fail)
+        engine.log_probabilities([(SHORT, SHORT)])
+    assert decode(engine, SHORT)[0]
+
+
+def _fail(pairs):
+    raise RuntimeError("too hot")
+
+
+def test_a_closed_engine_reads_nothing(model):
+    engine = Engine(model, capacity=256, vocabulary=VOCABULARY)
+    engine.close()
+    with pytest.raises(EngineClosedError):
+        engine.log_probabilities([(SHORT, SHORT)])

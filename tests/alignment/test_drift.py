@@ -1,0 +1,111 @@
+"""Dials on the logits, against a worked case, a slow reference and what weights promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefmw.alignment import combine_drift, dials, scaled
+
+NEG = -math.inf
+
+
+def drawn(seed, rows=3, count=2, columns=7):
+    generator = torch.Generator().manual_seed(seed)
+    base, *poles = torch.randn(1 + count, rows, columns, generator=generator) * 4
+    return base, poles, torch.rand(rows, count, generator=generator)
+
+
+def slow(base, poles, weights):
+    """Token by token, user by user, in Python's own floats."""
+    out = []
+    for row, z0 in enumerate(base.tolist()):
+        w = weights[row].tolist()
+        bound = max(1.0, math.sqrt(sum(x * x for x in w)))
+        out.append(
+            [
+                sum(x * (z[row].tolist()[v] - z0[v]) for x, z in zip(w, poles, strict=True)) / bound
+                for v in range(len(z0))
+            ]
+        )
+    return torch.tensor(out)
+
+
+def test_worked_by_hand():
+    # w = (3, 4) has norm 5, so shares 0.6 and 0.8 of the differences (1, 0) and (0, 5)
+    base, one, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]]), torch.tensor([[1.0, 7.0]])
+    torch.testing.assert_close(dials(base, [one, other], torch.tensor([[3.0, 4.0]])), torch.tensor([[0.6, 4.0]]))
+
+
+@given(st.integers(0, 10_000), st.integers(1, 5))
+def test_agrees_with_a_slow_reference(seed, count):
+    base, poles, weights = drawn(seed, count=count)
+    torch.testing.assert_close(dials(base, poles, weights * 2), slow(base, poles, weights * 2), atol=1e-4, rtol=1e-4)
+
+
+@given(st.integers(0, 10_000))
+def test_a_weight_of_zero_is_as_good_as_none(seed):
+    base, (one, other), weights = drawn(seed)
+    weights[:, 1] = 0
+    torch.testing.assert_close(dials(base, [one, other], weights), dials(base, [one], weights[:, :1]), atol=0, rtol=0)
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1))
+def test_below_the_bound_a_weight_keeps_its_size(seed, size):
+    base, (one, _), _ = drawn(seed)
+    torch.testing.assert_close(dials(base, [one], torch.full((3, 1), size)), size * (one - base), atol=1e-5, rtol=1e-5)
+
+
+@given(st.integers(0, 10_000))
+def test_many_large_weights_go_no_further_than_the_unit_ball(seed):
+    base, poles, weights = drawn(seed, count=5)
+    twice = dials(base, poles, (weights + 1) * 2)
+    torch.testing.assert_close(dials(base, poles, weights + 1), twice, atol=1e-4, rtol=1e-4)
+
+
+def test_one_full_dial_at_a_gain_is_the_linear_step_from_the_plain_model():
+    base, (pole, _), _ = drawn(5)
+    combined = combine_drift([base, pole], torch.tensor([[3.0, 1.0]] * 3))
+    torch.testing.assert_close(combined.logits, scaled(base, pole, 2.0))  # z0 + 3 d = z1 + 2 d
+    torch.testing.assert_close(combined.rule, pole)
+
+
+def test_the_rule_is_the_combination_at_gain_one_whatever_the_gain():
+    base, poles, weights = drawn(6)
+    for gain in (0.0, 1.0, 5.0):
+        combined = combine_drift([base, *poles], torch.cat([torch.full((3, 1), gain), weights], dim=1))
+        torch.testing.assert_close(combined.rule, base + dials(base, poles, weights))
+        torch.testing.assert_close(combined.logits, base + gain * dials(base, poles, weights))
+
+
+def test_each_row_has_its_own_weights():
+    base, poles, weights = drawn(7)
+    together = dials(base, poles, weights)
+    for row in range(3):
+        alone = dials(base[row : row + 1], [pole[row : row + 1] for pole in poles], weights[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone)
+
+
+def test_excluded_columns_stay_excluded():
+    base, pole = torch.tensor([[NEG, 1.0, 2.0]]), torch.tensor([[0.0, NEG, 4.0]])
+    moved = dials(base, [pole], torch.ones(1, 1))
+    assert moved.tolist() == [[0.0, 0.0, 2.0]]
+    assert (base + moved).tolist() == [[NEG, 1.0, 4.0]]
+
+
+@pytest.mark.parametrize("weights", [[[-0.1]], [[math.nan]], [[math.inf]], [[0.5, 0.5]], [0.5]])
+def test_weights_that_are_no_sizes_are_refused(weights):
+    base, (pole, _), _ = drawn(8, rows=1)
+    with pytest.raises(ValueError, match="weights"):
+        dials(base, [pole], torch.tensor(weights))
+
+
+def test_logits_that_overflowed_are_refused():
+    base, (pole, _), _ = drawn(9, rows=1)
+    pole[0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        dials(base, [pole], torch.ones(1, 1))
