@@ -16,6 +16,7 @@ from prefmw.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from prefmw.evaluation.steer import Answered, Condition
+    from prefmw.personalizer import Backend
 
 app = typer.Typer(help="Steering, inference and learning, measured.", no_args_is_help=True)
 
@@ -59,7 +60,7 @@ def steer(
     from prefmw.settings import load_settings
     from prefmw.training.styles import AXES
 
-    check_split(split)
+    _check_split(split)
     names = _names(methods)
     rows = conditions(names, strength or [], temperature, controls=controls)
     if split == "test" and any(sum(row.name == name for row in rows) > 1 for name in ("linear", "drift")):
@@ -96,10 +97,9 @@ def steer(
     if file is not None:
         file.close()
     if json:
-        model_used = {"model": backend.chat.name, "model_revision": backend.chat.revision, "dtype": backend.chat.dtype}
         asked = {"split": split, "further": further, "n": n, "seed": seed, "methods": names, "controls": controls}
         bounds = {"temperature": temperature, "top_p": TOP_P, "max_tokens": MAX_TOKENS}
-        print_json({"rows": table, "settings": {**model_used, **asked, **bounds, "versions": _versions()}})
+        print_json({"rows": table, "settings": {**_model_used(backend), **asked, **bounds, "versions": _versions()}})
     else:
         columns = ["method", "t", "axis", "n", "followed", "95%", "relevant", "helpful", "loops", "off axis", "cost"]
         print_table(columns, [_cells(row) for row in table])
@@ -169,14 +169,14 @@ def turn_dials(
 ) -> None:
     """Turn each of Drift's dials from -1 to 1, then three at once beside one composed principle."""
     from prefmw.bootstrap import load_backend
-    from prefmw.evaluation.dials import WEIGHTS, chord_rows, dial_rows
+    from prefmw.evaluation.dials import WEIGHTS, Trial, chord_rows, dial_rows
     from prefmw.evaluation.plots import plot_dials
     from prefmw.evaluation.steer import MAX_TOKENS, TOP_P, conditions
     from prefmw.preferences import default_dimensions
     from prefmw.settings import load_settings
     from prefmw.training.styles import AXES
 
-    check_split(split)
+    _check_split(split)
     gains = conditions(["drift"], strength or [], temperature, controls=False)
     if split == "test" and len(gains) > 1:
         raise UsageError("choose a gain on --split dev; the test split is for reporting one")
@@ -193,16 +193,16 @@ def turn_dials(
         def advance(count: int) -> None:
             bar.advance(task, count)
 
-        dimensions = default_dimensions()
-        dials = dial_rows(split, n, gains, backend, dimensions, seed=seed, progress=advance)  # type: ignore[arg-type]
-        chords = chord_rows(split, n, beside, backend, dimensions, seed=seed, progress=advance)  # type: ignore[arg-type]
+        trial = Trial(split, n, backend, default_dimensions(), seed, advance)  # type: ignore[arg-type]
+        dials, chords = dial_rows(trial, gains), chord_rows(trial, beside)
     if plot is not None:
         plot_dials(dials, plot)
     if json:
-        model_used = {"model": backend.chat.name, "model_revision": backend.chat.revision, "dtype": backend.chat.dtype}
         asked = {"split": split, "n": n, "seed": seed}
         asked |= {"temperature": temperature, "top_p": TOP_P, "max_tokens": MAX_TOKENS}
-        print_json({"dials": dials, "chords": chords, "settings": {**model_used, **asked, "versions": _versions()}})
+        print_json(
+            {"dials": dials, "chords": chords, "settings": {**_model_used(backend), **asked, "versions": _versions()}}
+        )
         return
     print_table(
         ["gain", "axis", "weight", "mean", "95%", "off axis", "relevant", "loops"],
@@ -253,7 +253,7 @@ def score(
 
     if not zero_shot:
         raise UsageError("this version scores with --zero-shot alone")
-    texts, dimensions = [texts for _, texts in read_texts(file, "prompt", "response")], registry()
+    texts, dimensions = read_texts(file, "prompt", "response"), registry()
     settings = load_settings({"model": model})
     with loading(settings.model):
         backend = load_backend(settings)
@@ -298,7 +298,7 @@ def choices(
     print_table(["learner", "wrong", "cosine", "95%"], cells)
 
 
-def check_split(split: str) -> None:
+def _check_split(split: str) -> None:
     """Raise UsageError for what is no split to measure on."""
     if split not in ("dev", "test"):
         raise UsageError(f"a split is dev or test, got '{split[:40]}'")
@@ -335,6 +335,11 @@ def _opened(path: Path | None) -> Any:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _model_used(backend: Backend) -> dict[str, str]:
+    chat = backend.chat
+    return {"model": chat.name, "model_revision": chat.revision, "dtype": chat.dtype}
 
 
 def _versions() -> dict[str, str]:

@@ -71,8 +71,8 @@ def parse_weight(item: str, dimensions: Dimensions) -> tuple[str, Stated]:
     return dimension.key, Stated(dimension.check(value))
 
 
-def read_texts(path: Path, *names: str) -> list[tuple[int, list[str]]]:
-    """A file of JSON lines, each an object with a text under every one of ``names``: line numbers and texts.
+def read_texts(path: Path, *names: str) -> list[list[str]]:
+    """The texts that a file of JSON lines holds, each line an object with one under every one of ``names``.
 
     Raises:
         UsageError: it cannot be read, is empty, or has a line that is none; the message names the line.
@@ -101,7 +101,7 @@ def read_texts(path: Path, *names: str) -> list[tuple[int, list[str]]]:
             wanted = ", ".join(f'"{name}": TEXT' for name in names)
             raise UsageError(f"line {number} is no {{{wanted}}} of texts that are not empty")
         try:
-            found.append((number, [check_text(text, f"the {name}") for name, text in zip(names, texts, strict=True)]))
+            found.append([check_text(text, f"the {name}") for name, text in zip(names, texts, strict=True)])
         except UsageError as error:
             raise UsageError(f"line {number}: {error}") from error
     if not found:

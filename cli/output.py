@@ -103,10 +103,11 @@ def print_lesson(lesson: Lesson, profile: Profile) -> None:
     assert learned is not None
     for index, key in enumerate(lesson.dimensions):
         value, low, high = (float(row[index]) for row in (learned.weights, learned.low, learned.high))
-        acts = profile.weights.get(key)
-        fate = "not sure yet" if key not in lesson.stored else "learned"
-        if key in lesson.stored and acts is not None and acts.source is not Source.learned:
-            fate = f"learned, but the {acts.source.name}'s {acts.value:+.2f} covers it"
+        fate = "not sure yet"
+        if key in lesson.stored:
+            acts = profile.weights[key]
+            covered = f", but the {acts.source.name}'s {acts.value:+.2f} covers it"
+            fate = "learned" + (covered if acts.source is not Source.learned else "")
         print(f"{key:<13}{value:+.2f}  {bar(value)}  {low:+.2f} to {high:+.2f}  {fate}")
     print(f"{lesson.choices} choices; the others predict {lesson.accuracy:.0%} of them")
 

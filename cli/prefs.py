@@ -170,7 +170,7 @@ def learn(
     pairs = read_texts(file, "prompt", "chosen", "rejected")
     with opened_store(database) as store:
         known = {(one.prompt, one.chosen, one.rejected) for one in store.feedback(user_id)}
-        new = [texts for _, texts in pairs if tuple(texts) not in known and texts[1].strip() != texts[2].strip()]
+        new = [texts for texts in pairs if tuple(texts) not in known and texts[1].strip() != texts[2].strip()]
         choices = [Choice("choice", (Message("user", asked),), chosen, rejected) for asked, chosen, rejected in new]
         with loading(settings.model):
             backend = load_backend(settings)

@@ -126,7 +126,7 @@ def _retry(session: Session, _: str) -> None:
 
 def _edit(session: Session, _: str) -> None:
     """Edit the last reply in $EDITOR; your wording takes its place, and is kept as feedback"""
-    prompt, text = _last(session)
+    _, text = _last(session)
     changed = edited(text, "reply.txt").strip()
     if not changed or changed == text.strip():
         say("nothing was changed")
@@ -137,8 +137,8 @@ def _edit(session: Session, _: str) -> None:
     if session.log:
         from prefmw.choices import Choice
 
-        messages = [*session.context(session.history[:-2]), Message("user", prompt)]
-        _learn(session, Choice("edit", messages, changed, text, turn_id), _scale(session))
+        asked = session.context(session.history[:-1])
+        _learn(session, Choice("edit", asked, changed, text, turn_id), _scale(session))
 
 
 def _like(session: Session, _: str) -> None:
@@ -160,12 +160,15 @@ def _compare(session: Session, rest: str) -> None:
     from prefmw.preferences.learning import bradley_terry
 
     _check_recorded(session)
-    prompt = rest or _last(session)[0]
-    messages = [*session.context(session.history if rest else session.history[:-2]), Message("user", prompt)]
+    if rest:
+        asked = session.context([*session.history, Message("user", rest)])
+    else:
+        _last(session)  # refuses where nothing was answered
+        asked = session.context(session.history[:-1])
     scale = _scale(session)
     with loading("two answers"):
         one, other = instructive_pair(
-            messages,
+            asked,
             session.store.profile(session.user_id),
             bradley_terry(differences(session.store.feedback(session.user_id), scale.dimensions)),
             load_backend(session.settings),
@@ -183,7 +186,7 @@ def _compare(session: Session, rest: str) -> None:
         say("nothing was learned")
         return
     chosen, rejected = (one, other) if answer == "a" else (other, one)
-    _learn(session, Choice("choice", messages, chosen, rejected), scale)
+    _learn(session, Choice("choice", asked, chosen, rejected), scale)
 
 
 def _multi(session: Session, _: str) -> None:
@@ -254,11 +257,11 @@ def _thumb(session: Session, kind: Literal["like", "dislike"]) -> None:
     from prefmw.choices import Choice
 
     _check_recorded(session)
-    prompt, text = _last(session)
-    messages = [*session.context(session.history[:-2]), Message("user", prompt)]
+    _, text = _last(session)
     chosen, rejected = (text, "") if kind == "like" else ("", text)
     ended = session.latest is None or session.latest.finish_reason == "stop"
-    _learn(session, Choice(kind, messages, chosen, rejected, session.turn_id, ended), _scale(session))
+    asked = session.context(session.history[:-1])
+    _learn(session, Choice(kind, asked, chosen, rejected, session.turn_id, ended), _scale(session))
 
 
 def _learn(session: Session, choice: Choice, scale: Scale) -> None:

@@ -5,7 +5,6 @@ chose decides their learned weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -14,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefmw.decoding import Request, Sampling
-from prefmw.errors import ContextLengthError, UsageError
-from prefmw.personalizer import Backend, Defaults, build_request
+from prefmw.errors import UsageError
+from prefmw.personalizer import Backend, Defaults, build_request, within_context
 from prefmw.preferences import (
     Dial,
     Dimensions,
@@ -31,7 +30,7 @@ from prefmw.preferences import (
 )
 from prefmw.preferences.learning import Learned, bradley_terry, information, left_out_accuracy
 from prefmw.reply import Plan
-from prefmw.scoring import Exchange, Progress, Scale, attribute_scores, scored_dimensions
+from prefmw.scoring import Exchange, Progress, Scale, attribute_scores, scored_dimensions, spoken
 
 LEAST = 3
 """Choices below which nothing is learned."""
@@ -190,16 +189,11 @@ def instructive_pair(
     """
     _check_scale(scale, dimensions)
     rng = np.random.default_rng(sampling.seed)
-    found: dict[str, bool] = {}
-    with ExitStack() as stack:  # an interruption cancels what is under way
-        generations = []
-        for index in range(candidates):
-            request = _leaning(messages, profile, backend, dimensions, scale.dimensions, rng, sampling, index)
-            generations.append(stack.enter_context(backend.engine.submit(request)))
-        for generation in generations:
-            reply = backend.chat.tokenizer.decode(list(generation), skip_special_tokens=True).strip()
-            if reply:
-                found.setdefault(reply, generation.finish_reason == "stop")
+    requests = [
+        _leaning(messages, profile, backend, dimensions, scale.dimensions, rng, sampling, index)
+        for index in range(candidates)
+    ]
+    found = {text.strip(): ended for text, ended in spoken(requests, backend) if text.strip()}
     replies = list(found)
     if len(replies) < 2:
         raise UsageError("the model has only one answer to this; ask something else")
@@ -230,26 +224,25 @@ def _leaning(
     )
     seeded = replace(sampling, seed=sampling.seed + index)
     plan = Plan("drift", GAIN, persona_sentence(profile), profile.revision, profile.weights, seeded, dials)
-    request = build_request(plan, messages, backend.chat)
-    room = backend.chat.capacity - max(len(view.context) for view in request.views) - 1  # and the token that ends it
-    if room < 1:
-        raise ContextLengthError("the conversation fills the model's context; begin a new one")
-    return replace(request, sampling=replace(seeded, max_tokens=min(seeded.max_tokens, room)))
+    return within_context(build_request(plan, messages, backend.chat), backend.chat)
 
 
 def differences(feedback: Sequence[RecordedFeedback], dimensions: Sequence[str]) -> NDArray[np.float64]:
     """What was chosen less what was not, (N, K), of the feedback that was scored on any of ``dimensions``; 0 on those
     that it was not scored on, which says nothing of them. Of several thumbs for one reply the latest counts.
     """
-    thumbs = {one.turn_id: one.id for one in feedback if one.kind in ("like", "dislike") and one.turn_id is not None}
-    overtaken = {one.id for one in feedback if one.kind in ("like", "dislike") and one.turn_id is not None}
-    overtaken -= set(thumbs.values())
+    latest = {one.turn_id: one for one in feedback if _is_thumb(one)}
     rows = [
         [chosen - rejected for chosen, rejected in (one.scores.get(key, (0.0, 0.0)) for key in dimensions)]
         for one in feedback
-        if one.id not in overtaken and any(key in one.scores for key in dimensions)
+        if any(key in one.scores for key in dimensions) and (not _is_thumb(one) or latest[one.turn_id] is one)
     ]
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(dimensions))
+
+
+def _is_thumb(one: RecordedFeedback) -> bool:
+    """Whether it is a thumb for a stored reply, of which there may be several."""
+    return one.kind in ("like", "dislike") and one.turn_id is not None
 
 
 def _check_scale(scale: Scale, dimensions: Dimensions) -> None:

@@ -74,7 +74,7 @@ class Defaults:
     max_dials: int = 7
 
 
-def choose_method(profile: Profile, principle: str, asked: str | None, default: str) -> str:
+def choose_method(profile: Profile, dimensions: Dimensions, asked: str | None, default: str) -> str:
     """The method of a turn: the call's, else the user's, else the default's, else by the profile.
 
     By the profile means ``linear`` where there is a principle to follow, else ``none``.
@@ -85,7 +85,7 @@ def choose_method(profile: Profile, principle: str, asked: str | None, default: 
     for method in (asked, profile.method, default):
         if method is not None and check_method(method) != AUTO:
             return method
-    return "linear" if principle else "none"
+    return "linear" if principle_text(profile, dimensions) else "none"
 
 
 def make_plan(
@@ -154,8 +154,7 @@ class Personalizer:
         Raises:
             UsageError: an option out of range, an unknown method, or a strength that the method does not take.
         """
-        principle = principle_text(profile, self._dimensions)
-        method = choose_method(profile, principle, options.method, self._defaults.method)
+        method = choose_method(profile, self._dimensions, options.method, self._defaults.method)
         strength = options.strength
         if strength is None:
             strength = profile.strengths.get(method, self._defaults.strength.get(method))
@@ -202,18 +201,11 @@ class Personalizer:
         chat, engine = self._backend()
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
         notices = [*heard, *_notices(plan, options, user_id)]
-        request = replace(build_request(plan, messages, chat), owner=user_id)
+        request = replace(within_context(build_request(plan, messages, chat), chat), owner=user_id)
         prompt = max(len(view.context) for view in request.views)
-        room = chat.capacity - prompt
-        if room < 1:
-            raise ContextLengthError(
-                f"the conversation and its instructions take {prompt} tokens, beyond the {chat.capacity} that "
-                f"'{chat.name}' can attend to; shorten the prompt or start a new conversation"
-            )
-        if room < plan.sampling.max_tokens:
-            if options.max_tokens is not None:
-                notices.append(f"max-tokens is cut to {room}, what the model's context of {chat.capacity} leaves")
-            request = replace(request, sampling=replace(plan.sampling, max_tokens=room))
+        room = request.sampling.max_tokens
+        if options.max_tokens is not None and room < options.max_tokens:
+            notices.append(f"max-tokens is cut to {room}, what the model's context of {chat.capacity} leaves")
         draft = Reply(
             text="",
             user_id=user_id,
@@ -431,6 +423,22 @@ def build_request(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> R
     if plan.method == "prompt" or plan.strength == 0:  # at ratio 0 the view without the principle has no say
         return request(combine_plain, steered)
     return request(combine_linear, messages, steered, parameters=(plan.strength or 0.0,))
+
+
+def within_context(request: Request, chat: ChatModel) -> Request:
+    """The request, its reply no longer than what its longest view leaves of the model's context.
+
+    Raises:
+        ContextLengthError: it leaves nothing.
+    """
+    prompt = max(len(view.context) for view in request.views)
+    room = chat.capacity - prompt
+    if room < 1:
+        raise ContextLengthError(
+            f"the conversation and its instructions take {prompt} tokens, beyond the {chat.capacity} that "
+            f"'{chat.name}' can attend to; shorten the prompt or start a new conversation"
+        )
+    return replace(request, sampling=replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room)))
 
 
 def with_principle(messages: Sequence[Message], principle: str, chat: ChatModel) -> list[Message]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmw.decoding import Sampling
+from prefmw.decoding import Request, Sampling
 from prefmw.errors import ContextLengthError, UsageError
 from prefmw.models import ChatModel
 from prefmw.personalizer import Backend, build_request, with_principle
@@ -99,18 +99,24 @@ def measured_scale(
     for at in range(0, len(questions), 32):
         asked = [[Message("user", question)] for question in questions[at : at + 32]]
         plans = [Plan("none", None, "", 0, {}, replace(TYPICAL, seed=at + index)) for index in range(len(asked))]
-        with ExitStack() as stack:  # an interruption cancels what is under way
-            generations = [
-                stack.enter_context(backend.engine.submit(build_request(plan, messages, backend.chat)))
-                for plan, messages in zip(plans, asked, strict=True)
-            ]
-            for messages, generation in zip(asked, generations, strict=True):
-                text = backend.chat.tokenizer.decode(list(generation), skip_special_tokens=True)
-                if text.strip():
-                    exchanges.append(Exchange(messages, text, generation.finish_reason == "stop"))
+        requests = [build_request(plan, messages, backend.chat) for plan, messages in zip(plans, asked, strict=True)]
+        replies = spoken(requests, backend)
+        exchanges += [
+            Exchange(messages, *reply) for messages, reply in zip(asked, replies, strict=True) if reply[0].strip()
+        ]
         progress(0.5 * min(1.0, (at + 32) / len(questions)))
     scores = attribute_scores(exchanges, backend, dimensions, lambda share: progress(0.5 + 0.5 * share))
     return Scale.of(scores, scored_dimensions(dimensions))
+
+
+def spoken(requests: Sequence[Request], backend: Backend) -> list[tuple[str, bool]]:
+    """The replies to requests that are decoded together: their texts, and whether they came to their end. An
+    interruption cancels those under way.
+    """
+    with ExitStack() as stack:
+        generations = [stack.enter_context(backend.engine.submit(request)) for request in requests]
+        texts = [backend.chat.tokenizer.decode(list(one), skip_special_tokens=True) for one in generations]
+        return [(text, one.finish_reason == "stop") for text, one in zip(texts, generations, strict=True)]
 
 
 @dataclass(frozen=True)

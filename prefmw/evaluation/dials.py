@@ -7,11 +7,12 @@ oracles (:mod:`prefmw.evaluation.oracles`) read the replies.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prefmw.evaluation.content import read_content, repeats
-from prefmw.evaluation.held_out import held_out_questions, profile_of
+from prefmw.evaluation.held_out import profile_of
 from prefmw.evaluation.oracles import followed, measure
 from prefmw.evaluation.statistics import cluster_interval
 from prefmw.evaluation.steer import Condition, replies_to
@@ -27,28 +28,57 @@ Asked = tuple[Topic, str, dict[str, float]]
 """A topic, a question about it, and the weights of who asks."""
 
 
-def dial_rows(
-    split: Split,
-    n: int,
-    conditions: Sequence[Condition],
-    backend: Backend,
-    dimensions: Dimensions,
-    *,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda count: None,
-) -> list[dict[str, Any]]:
-    """Per condition and axis one row a weight, ``n`` replies each.
+@dataclass(frozen=True)
+class Trial:
+    """What is asked ``n`` times, of whom, and of which model; ``progress`` is told of every reply."""
+
+    split: Split
+    n: int
+    backend: Backend
+    dimensions: Dimensions
+    seed: int = 0
+    progress: Callable[[int], None] = lambda count: None
+
+    def questions(self, what: str) -> list[tuple[Topic, str]]:
+        """Held-out questions, the same for the same ``what``."""
+        rng = random.Random(f"{self.split}:{self.seed}:{what}:questions")
+        drawn = []
+        for _ in range(self.n):
+            topic = rng.choice(load_topics())
+            drawn.append((topic, rng.choice(topic.held_out(self.split))))
+        return drawn
+
+    def answers(self, asked: Sequence[Asked], condition: Condition) -> list[str]:
+        """The replies, many at a time."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            self.progress(count - done)
+            done = count
+
+        conversations = [[Message("user", question)] for _, question, _ in asked]
+        profiles = [profile_of(weights) for _, _, weights in asked]
+        return replies_to(conversations, profiles, condition, self.backend, self.dimensions, self.seed, advance)[0]
+
+    def interval(self, values: Sequence[float], questions: Sequence[str]) -> list[float]:
+        """The 95% interval of a mean over questions."""
+        return [round(end, 4) for end in cluster_interval(values, questions, seed=self.seed)]
+
+
+def dial_rows(trial: Trial, conditions: Sequence[Condition]) -> list[dict[str, Any]]:
+    """Per condition and axis one row a weight, ``trial.n`` replies each.
 
     ``mean`` is the oracle's, in [-1, 1], with a 95% interval over questions; ``off_axis`` the mean size of the other
-    axes' measures. ``progress`` is told of every reply.
+    axes' measures.
     """
     rows = []
     for condition in conditions:
         for axis in AXES:
-            questions = list(_questions(split, n, f"{seed}:{axis}"))
+            questions = trial.questions(axis)
             for weight in WEIGHTS:
                 asked = [(topic, question, {axis: weight}) for topic, question in questions]
-                texts = _answers(asked, condition, backend, dimensions, seed, progress)
+                texts = trial.answers(asked, condition)
                 measures = [measure(text) for text in texts]
                 values = [one[axis] for one in measures]
                 others = [abs(one[other]) for one in measures for other in AXES if other != axis]
@@ -57,9 +87,9 @@ def dial_rows(
                         **_about(condition),
                         "axis": axis,
                         "weight": weight,
-                        "n": n,
-                        "mean": round(sum(values) / n, 4),
-                        "ci95": _interval(values, [question for _, question in questions], seed=seed),
+                        "n": trial.n,
+                        "mean": round(sum(values) / trial.n, 4),
+                        "ci95": trial.interval(values, [question for _, question in questions]),
                         "off_axis": round(sum(others) / len(others), 4),
                         **_kept(asked, texts),
                     }
@@ -67,30 +97,21 @@ def dial_rows(
     return rows
 
 
-def chord_rows(
-    split: Split,
-    n: int,
-    conditions: Sequence[Condition],
-    backend: Backend,
-    dimensions: Dimensions,
-    *,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda count: None,
-) -> list[dict[str, Any]]:
-    """Per condition and axis one row: people with full weights on three axes, drawn at random, ``n`` of them.
+def chord_rows(trial: Trial, conditions: Sequence[Condition]) -> list[dict[str, Any]]:
+    """Per condition and axis one row: people with full weights on three axes, drawn at random, ``trial.n`` of them.
 
     ``followed`` is the share of the replies with the pole asked for, by the oracle's sign and a size of at least 0.2,
     among those of people who have a weight on the axis, with a 95% interval over questions; ``axis`` "all" takes all
     weights of all people together.
     """
-    rng = random.Random(f"{seed}:chords")
+    rng = random.Random(f"{trial.seed}:chords")
     asked = [
         (topic, question, {axis: rng.choice((-1.0, 1.0)) for axis in rng.sample(AXES, AT_ONCE)})
-        for topic, question in _questions(split, n, f"{seed}:chords")
+        for topic, question in trial.questions("chords")
     ]
     rows = []
     for condition in conditions:
-        texts = _answers(asked, condition, backend, dimensions, seed, progress)
+        texts = trial.answers(asked, condition)
         measures = [measure(text) for text in texts]
         for axis in (*AXES, "all"):
             on = [index for index, (_, _, weights) in enumerate(asked) if axis in (*weights, "all")]
@@ -108,15 +129,11 @@ def chord_rows(
                     "axis": axis,
                     "n": len(hits),
                     "followed": round(sum(hit for hit, _ in hits) / len(hits), 4),
-                    "ci95": _interval(*zip(*hits, strict=True), seed=seed),
+                    "ci95": trial.interval(*zip(*hits, strict=True)),
                     **_kept([asked[index] for index in on], [texts[index] for index in on]),
                 }
             )
     return rows
-
-
-def _interval(values: Sequence[float], questions: Sequence[str], *, seed: int) -> list[float]:
-    return [round(end, 4) for end in cluster_interval(values, questions, seed=seed)]
 
 
 def _about(condition: Condition) -> dict[str, Any]:
@@ -130,30 +147,3 @@ def _kept(asked: Sequence[Asked], texts: Sequence[str]) -> dict[str, float]:
         "relevance": round(sum(relevant) / len(texts), 4),
         "repetition": round(sum(map(repeats, texts)) / len(texts), 4),
     }
-
-
-def _questions(split: Split, n: int, seed: str) -> Iterator[tuple[Topic, str]]:
-    rng = random.Random(f"{split}:{seed}:questions")
-    for _ in range(n):
-        topic = rng.choice(load_topics())
-        yield topic, rng.choice(held_out_questions(topic, split))
-
-
-def _answers(
-    asked: Sequence[Asked],
-    condition: Condition,
-    backend: Backend,
-    dimensions: Dimensions,
-    seed: int,
-    progress: Callable[[int], None],
-) -> list[str]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        progress(count - done)
-        done = count
-
-    conversations = [[Message("user", question)] for _, question, _ in asked]
-    profiles = [profile_of(weights) for _, _, weights in asked]
-    return replies_to(conversations, profiles, condition, backend, dimensions, seed, advance)[0]

@@ -5,7 +5,7 @@ not trained on.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -84,18 +84,13 @@ def _item(split: Split, axis: str, sign: int, kind: Kind, rng: random.Random, fu
         more = rng.choice(talk.small["asking"]["more"][split])
     return Item(
         topic=topic,
-        question=rng.choice(held_out_questions(topic, split, further=further)),
+        question=rng.choice(topic.held_out(split, further=further)),
         more=more,
         profile=profile_of(wanted if kind == "unseen" else {}, persona),
         axis=axis,
         wanted=wanted,
         kind=kind,
     )
-
-
-def held_out_questions(topic: Topic, split: Split, *, further: bool = False) -> Sequence[str]:
-    """The wordings of a topic's questions that training does not hold."""
-    return topic.further[split] if further else topic.dev_questions if split == "dev" else topic.test_questions
 
 
 def profile_of(weights: dict[str, int] | dict[str, float], persona: str = "") -> Profile:

@@ -306,8 +306,7 @@ def replies_to(
         for index, messages in enumerate(conversations):
             candidates = said[index * many : (index + 1) * many]
             plan = _plan("linear", profiles[index], condition, dimensions, strength=1.0)
-            without, with_it = [list(view.context) for view in build_request(plan, messages, chat).views]
-            gains = [_gain(reply, without, with_it, backend) for reply in candidates]
+            gains = _gains(candidates, [view.context for view in build_request(plan, messages, chat).views], backend)
             chosen.append(candidates[gains.index(max(gains))])
         said = chosen
     seconds, tokens = time.perf_counter() - started, sum(map(len, said))
@@ -332,9 +331,8 @@ def _plan(method: str, profile: Profile, condition: Condition, dimensions: Dimen
     return make_plan(profile, dimensions, method, strength, sampling)
 
 
-def _gain(reply: list[int], without: list[int], with_it: list[int], backend: Backend) -> float:
-    """log p(reply | with) - log p(reply | without), nats."""
-    if not reply:
-        return -math.inf
-    plain, steered = backend.engine.log_probabilities([(without, reply), (with_it, reply)])
-    return float(steered.sum() - plain.sum())
+def _gains(replies: Sequence[list[int]], contexts: Sequence[Sequence[int]], backend: Backend) -> list[float]:
+    """log p(reply | with) - log p(reply | without) of each reply, nats; the contexts are (without, with)."""
+    read = backend.engine.log_probabilities([(context, reply) for reply in replies if reply for context in contexts])
+    sums = iter([float(tokens.sum()) for tokens in read])
+    return [-(next(sums) - next(sums)) if reply else -math.inf for reply in replies]

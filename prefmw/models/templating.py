@@ -63,20 +63,14 @@ class ChatTemplate:
             ChatTemplateError: no user message, or the template refuses the conversation.
         """
         pieces = [
-            (self._text_markers.sub(_break, text) if content and self._text_markers else text, content)
+            (self._without_markers(text) if content else text, content)
             for text, content in self._render(self._normalise(messages))
         ]
         plain = self._tokenise("".join(text for text, _ in pieces))
         marked = self._tokenise("".join("a" if content else text for text, content in pieces))
         if self._controls(plain) == self._controls(marked):
             return plain
-        cut = [token for part in self._cut(pieces) for token in self._tokenise_part(part)]
-        if self._controls(cut) != self._controls(marked):
-            raise ChatTemplateError(
-                f"a message holds text that the tokenizer of '{self._name}' reads as a control token however it is "
-                "split; remove it"
-            )
-        return cut
+        return self._tokenise_cut(pieces, self._controls(marked))
 
     def encode_reply(self, text: str) -> list[int]:
         """A finished reply's token ids, as they stand behind a prompt; its text can never become a control token.
@@ -84,15 +78,7 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: the tokenizer reads a control token in it however it is split.
         """
-        if self._text_markers:
-            text = self._text_markers.sub(_break, text)
-        ids = [token for part in self._cut([(text, True)]) for token in self._tokenise_part(part)]
-        if self._controls(ids):
-            raise ChatTemplateError(
-                f"a reply holds text that the tokenizer of '{self._name}' reads as a control token however it is "
-                "split; remove it"
-            )
-        return ids
+        return self._tokenise_cut([(self._without_markers(text), True)], controls=[])
 
     @property
     def _drops_reasoning(self) -> bool:
@@ -219,6 +205,20 @@ class ChatTemplate:
         if sorted(part for part in parts if part in marks) != sorted(mark for mark, core in marks.items() if core):
             raise ChatTemplateError(f"the chat template of '{self._name}' leaves out a message or writes one twice")
         return pieces
+
+    def _without_markers(self, text: str) -> str:
+        """A content with the template's plain-text turn markers broken."""
+        return self._text_markers.sub(_break, text) if self._text_markers else text
+
+    def _tokenise_cut(self, pieces: Rendered, controls: list[int]) -> list[int]:
+        """The ids of pieces whose contents' control strings are cut, if ``controls`` are then all that is left."""
+        ids = [token for part in self._cut(pieces) for token in self._tokenise_part(part)]
+        if self._controls(ids) != controls:
+            raise ChatTemplateError(
+                f"a message holds text that the tokenizer of '{self._name}' reads as a control token however it is "
+                "split; remove it"
+            )
+        return ids
 
     def _tokenise(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -290,7 +290,7 @@ class Composer:
     def question(self, topic: Topic) -> str:
         """A first question about ``topic``."""
         if self.split != "train":
-            return self._one(topic.dev_questions if self.split == "dev" else topic.test_questions)
+            return self._one(topic.held_out(self.split))
         if self.random.random() < 0.15:
             return str(self._one(self._talk.small["asking"]["about"]).format(title=topic.title))
         return self._one((*topic.questions, *topic.further["train"]))

@@ -15,6 +15,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from prefmw.training.styles import Split
+
 DOMAINS = ("technology", "daily-life", "career", "health", "diet")
 
 
@@ -57,6 +59,12 @@ class Topic:
     followups: tuple[str, ...]
     caveat: str
     facts: tuple[Fact, ...]
+
+    def held_out(self, split: Split, *, further: bool = False) -> tuple[str, ...]:
+        """The wordings of its questions that a held-out split asks in, or its ``further`` ones."""
+        if further:
+            return self.further[split]
+        return self.dev_questions if split == "dev" else self.test_questions
 
 
 @cache
