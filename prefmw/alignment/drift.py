@@ -3,7 +3,7 @@
 The model reads the conversation once plainly (z0) and once more for each weight, with the sentence of the pole that the
 weight leans to (z_k). Each difference z_k - z0 is a direction, the weights say how far to go along each.
 
-Shapes: B rows, K dials, V vocabulary. All combination is in float32. Source: Kim et al., "Drift: Decoding-time
+Shapes: B rows, K dials, V vocabulary. All combination is in float32. Source: "Drift: Decoding-time
 Personalized Alignments with Implicit User Preferences", its composition of attribute differences.
 """
 
