@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
@@ -39,6 +40,9 @@ _HANDLED = (
     EosTokenCriteria,
     MaxLengthCriteria,
 )
+
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that gave in rows what they give by themselves."""
 
 
 def linear_alignment(
@@ -72,11 +76,15 @@ def linear_alignment(
 
     Raises:
         UsageError: prompts that are not in pairs, or an option that this method does not take.
+        ModelError: a model whose past cannot be kept in rows; looked at before its first reply.
 
     Source: Gao et al., Eq. 16-18, in the released form; see :func:`prefmw.alignment.scaled`.
     """
     if generation_config.num_beams not in (None, 1) or generation_config.num_return_sequences not in (None, 1):
         raise UsageError("linear_alignment takes one beam and one sequence a prompt")
+    wanted = ("return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    if more := [name for name in wanted if getattr(generation_config, name, None)]:
+        raise UsageError(f"linear_alignment gives token ids alone, not {', '.join(more)}")
     given = [*(logits_processor or ()), *(stopping_criteria or ())]
     if unknown := [type(one).__name__ for one in given if not isinstance(one, _HANDLED)]:
         raise UsageError(
@@ -92,8 +100,13 @@ def linear_alignment(
     without = _prompts(input_ids, model_kwargs.get("attention_mask"))
     steered = _prompts(principle_input_ids, principle_attention_mask)
     config = model.config.get_text_config()
-    engine = Engine(model, capacity=config.max_position_embeddings, vocabulary=config.vocab_size)
+    engine = Engine(
+        model, capacity=config.max_position_embeddings, vocabulary=config.vocab_size, queue_size=len(input_ids)
+    )
     try:
+        if model not in _checked:
+            engine.self_check()
+            _checked.add(model)
         generations = [
             engine.submit(
                 Request(

@@ -17,7 +17,9 @@ app = typer.Typer(help="What steering and remembering cost, measured.", no_args_
 
 @app.command()
 def decode(
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A chat model: a folder or a hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A chat model: tiny, a folder or a hub id.")
+    ] = None,
     shape: Annotated[str | None, typer.Option("--shape", help="Random weights of that shape, 60m say.")] = None,
     methods: Annotated[str, typer.Option("--methods", help="Methods to time, joined by commas.")] = "none,linear,pad",
     users: Annotated[str, typer.Option("--users", help="Users at once, joined by commas.")] = "1",
@@ -129,9 +131,10 @@ def store(
 
 
 def _load(name: str, dtype: str, device: str) -> Any:
+    from prefmw.embedded import find_embedded
     from prefmw.models import ModelSpec, load_chat_model
 
-    return load_chat_model(ModelSpec(name=name, dtype=dtype, device=device)).module
+    return load_chat_model(ModelSpec(name=name, path=find_embedded(name), dtype=dtype, device=device)).module
 
 
 def _dtype(name: str) -> Any:

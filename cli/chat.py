@@ -141,7 +141,8 @@ def chat(
 
     Piped text is read too, and put behind PROMPT. The reply goes to stdout, everything else to stderr.
     """
-    from prefmw.bootstrap import build_personalizer, close_engines, find_embedded, open_store
+    from prefmw.bootstrap import build_personalizer, close_engines, open_store
+    from prefmw.embedded import find_embedded
     from prefmw.preferences import check_user_id
     from prefmw.settings import load_settings
 

@@ -58,7 +58,7 @@ def _size(count: int) -> str:
 
 
 def _embedded() -> list[dict[str, Any]]:
-    from prefmw.bootstrap import EMBEDDED, embedded_path
+    from prefmw.embedded import EMBEDDED, embedded_path
 
     found = []
     for name in EMBEDDED:

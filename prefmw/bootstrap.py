@@ -9,11 +9,11 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmw.errors import ModelNotFoundError, UsageError
+from prefmw.embedded import find_embedded
+from prefmw.errors import UsageError
 from prefmw.preferences import Dimensions, PreferenceStore, default_dimensions, parse_dimensions
 from prefmw.settings import Settings, expanded
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from prefmw.personalizer import Backend, Personalizer
     from prefmw.preferences.inference import Inferer
     from prefmw.scoring import Scale
-
-EMBEDDED = ("tiny",)
-"""Chat models that ship inside the package, under prefmw/assets."""
 
 _backends: dict[str, Backend] = {}
 _inferers: dict[str, Inferer] = {}
@@ -142,11 +139,6 @@ def load_scale(
     return scale
 
 
-def embedded_path(name: str) -> Path:
-    """Where an embedded model lies, or would lie."""
-    return Path(str(files("prefmw"))) / "assets" / name
-
-
 def load_backend(settings: Settings) -> Backend:
     """The settings' chat model and its engine: one per model, revision, dtype and device in this process.
 
@@ -187,12 +179,18 @@ def load_backend(settings: Settings) -> Backend:
 
 
 def _check_once(remembered: Path, chat: ChatModel, engine: Engine) -> None:
-    """The engine's self-check, once per architecture, type and version of the libraries; what passed is remembered."""
+    """The engine's self-check, once per configuration, type, kind of device and version of the libraries; what passed
+    is remembered.
+    """
+    import hashlib
     import json
     from importlib.metadata import version
 
+    config = chat.module.config
+    shape = hashlib.sha256(config.to_json_string().encode()).hexdigest()[:12]
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    asked = f"{type(chat.module).__name__}, {chat.module.config._attn_implementation}, {chat.dtype}, {libraries}"
+    kind = f"{type(chat.module).__name__} {shape}, {config._attn_implementation}"
+    asked = f"{kind}, {chat.dtype} on {chat.device.type}, {libraries}"
     try:
         passed = set(json.loads(remembered.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -202,23 +200,6 @@ def _check_once(remembered: Path, chat: ChatModel, engine: Engine) -> None:
         with suppress(OSError):  # a home that cannot be written to costs the check every time
             remembered.parent.mkdir(parents=True, exist_ok=True)
             remembered.write_text(json.dumps(sorted({*passed, asked}), indent=1) + "\n", encoding="utf-8")
-
-
-def find_embedded(model: str) -> Path | None:
-    """The folder of an embedded model; ``None`` for any other.
-
-    Raises:
-        ModelNotFoundError: an embedded model that this installation lacks.
-    """
-    if model not in EMBEDDED:
-        return None
-    path = embedded_path(model)
-    if not (path / "config.json").is_file():
-        raise ModelNotFoundError(
-            f"the embedded chat model '{model}' is not in this installation; name one with -m: a folder, or a hub id "
-            "such as Qwen/Qwen2.5-0.5B-Instruct"
-        )
-    return path
 
 
 def close_engines() -> None:

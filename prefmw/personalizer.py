@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from prefmw.alignment import Combiner, combine_drift, combine_linear, combine_plain
 from prefmw.decoding import Engine, Request, Sampling, View
-from prefmw.errors import ConflictError, ContextLengthError, MissingExtraError, UsageError
+from prefmw.errors import ConflictError, ContextLengthError, MissingExtraError, UnknownUserError, UsageError
 from prefmw.models import ChatModel, Detokenizer
 from prefmw.preferences import (
     AUTO,
@@ -196,7 +196,12 @@ class Personalizer:
             raise UsageError(
                 "there is nothing to answer: the conversation ends with a user's message that is not empty"
             )
-        profile, heard = self.reread(self._store.profile(user_id), messages[-1].content)
+        try:
+            profile = self._store.profile(user_id)
+        except UnknownUserError:  # erased, perhaps by another process
+            self.forget(user_id)
+            raise
+        profile, heard = self.reread(profile, messages[-1].content)
         plan = self.plan(profile, options)
         chat, engine = self._backend()
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True

@@ -57,8 +57,8 @@ def backend(chat_model) -> Iterator:
 @pytest.fixture(scope="session")
 def tiny() -> Iterator:
     """The embedded chat model with an engine."""
-    from prefmw.bootstrap import embedded_path
     from prefmw.decoding import Engine
+    from prefmw.embedded import embedded_path
     from prefmw.models import ModelSpec, load_chat_model
     from prefmw.personalizer import Backend
 

@@ -379,3 +379,14 @@ def test_timing_adds_up(make):
     assert second.timing.load_s == 0
     assert second.timing.prefill_s > 0
     assert second.timing.ms_per_token == pytest.approx(1000 * second.timing.decode_s / 23)
+
+
+def test_what_is_kept_in_memory_of_an_erased_user_goes_with_the_next_question(make, people, backend):
+    personalizer = make()
+    personalizer.reply("alice", QUESTION, Options(**SHORT))
+    personalizer.reply("bob", QUESTION, Options(**SHORT))
+    kept = backend.engine._parking.bytes
+    people.erase("alice")
+    with pytest.raises(UnknownUserError):
+        personalizer.reply("alice", QUESTION, Options(**SHORT))
+    assert 0 < backend.engine._parking.bytes < kept

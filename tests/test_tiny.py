@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefmw.bootstrap import embedded_path
+from prefmw.embedded import embedded_path
 from prefmw.evaluation.content import read_content, repeats
 from prefmw.evaluation.held_out import held_out_items
 from prefmw.evaluation.steer import Condition, answer_items

@@ -1,7 +1,7 @@
 """The candidate rule: which tokens may be sampled at all.
 
 A method that adds to logits can lift a token that no sane reading of the context allows. So every method names one
-distribution it trusts, the rule's (none z0, prompt and linear z1, drift its own at gain 1), and only that
+distribution it trusts, the rule's (none z0, prompt and linear z1, drift every weight at its own size), and only that
 distribution's nucleus may be sampled.
 
 Shapes: B rows, V vocabulary. Source: the nucleus mask of Linear Alignment's released code (0.8, from the
@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from prefmw.alignment.checks import check_logits, per_row
-
-LIKELY = 256
-"""Tokens by rank that are looked at first: the nucleus of a confident distribution has far fewer."""
 
 
 def nucleus(rule: Tensor, top_p: Tensor | float, temperature: Tensor | float = 1.0) -> Tensor:
@@ -42,46 +39,41 @@ def nucleus(rule: Tensor, top_p: Tensor | float, temperature: Tensor | float = 1
     mass = per_row(top_p, rule, "top_p").squeeze(1)
     if not bool(((mass > 0) & (mass <= 1)).all()):
         raise ValueError(f"top_p lies in (0, 1], got {mass.tolist()}")
-    order, keep = ranked_nucleus(rule, mass, per_row(temperature, rule, "temperature").squeeze(1))
+    heat = per_row(temperature, rule, "temperature").squeeze(1)
+    order, keep, _ = ranked_nucleus(rule, mass, heat, among=rule.shape[1])
     return torch.zeros_like(rule, dtype=torch.bool).scatter(1, order, keep)
 
 
-def ranked_nucleus(rule: Tensor, top_p: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """The nucleus as the first C tokens by rank and which of them it holds: what a decoder needs, at a fraction of the
-    price of sorting a whole vocabulary.
-
-    C is :data:`LIKELY` where that many tokens hold the nucleus of every row, V otherwise. Ties go to the lower
-    token id.
+def ranked_nucleus(rule: Tensor, top_p: Tensor, temperature: Tensor, *, among: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The nucleus as far as the first ``among`` tokens by rank hold it: what a decoder needs, at a fraction of the
+    price of sorting a whole vocabulary. Ties go to the lower token id.
 
     Args:
         rule: logits of the trusted distribution, (B, V), float32; NaN is not looked for.
         top_p: mass to keep, (B,), in (0, 1].
         temperature: of the sampling, (B,), >= 0; 0 counts as 1.
+        among: C, tokens by rank to look at, cut to V.
 
     Returns:
-        Token ids by rank (B, C), and True where the nucleus holds them (B, C).
+        Token ids by rank (B, C); True where the nucleus holds them (B, C), some first ones of each row; and how many of
+        each row's first tokens no token that was left out ties with, (B,). A nucleus of at most that many is whole.
     """
     heated = rule / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
     total = heated.logsumexp(dim=1, keepdim=True)
-    for count in dict.fromkeys((min(LIKELY, rule.shape[1]), rule.shape[1])):
-        if count < rule.shape[1]:
-            order = heated.topk(count, dim=1).indices.sort(dim=1).values
-            ranked, places = heated.gather(1, order).sort(dim=1, descending=True, stable=True)
-            order = order.gather(1, places)
-        else:
-            ranked, order = heated.sort(dim=1, descending=True, stable=True)
-        # A running sum in float64, where the device has it: float32 rounds away the small terms of a large vocabulary.
-        wide = torch.float32 if rule.device.type == "mps" else torch.float64
-        mass = (ranked - total).exp().to(wide)
-        before = mass.cumsum(dim=1) - mass
-        keep = ((before < top_p.unsqueeze(1)) | (top_p == 1).unsqueeze(1)) & (mass > 0)
-        keep[:, 0] = True
-        if count == rule.shape[1]:
-            break
-        worst = ranked.masked_fill(~keep, torch.inf).amin(dim=1)
-        if bool((worst > ranked[:, -1]).all()):  # so no token that was left out ties with one that is in
-            break
-    return order, keep
+    if among < rule.shape[1]:
+        order = heated.topk(among, dim=1).indices.sort(dim=1).values
+        ranked, places = heated.gather(1, order).sort(dim=1, descending=True, stable=True)
+        order = order.gather(1, places)
+    else:
+        ranked, order = heated.sort(dim=1, descending=True, stable=True)
+    # A running sum in float64, where the device has it: float32 rounds away the small terms of a large vocabulary.
+    wide = torch.float32 if rule.device.type == "mps" else torch.float64
+    mass = (ranked - total).exp().to(wide)
+    before = mass.cumsum(dim=1) - mass
+    keep = ((before < top_p.unsqueeze(1)) | (top_p == 1).unsqueeze(1)) & (mass > 0)
+    keep[:, 0] = True
+    alone = ranked > ranked[:, -1:] if among < rule.shape[1] else torch.ones_like(keep)
+    return order, keep, alone.sum(dim=1)
 
 
 def top_k(rule: Tensor, k: int) -> Tensor:

@@ -48,11 +48,14 @@ def combine_linear(views: Sequence[Tensor], parameters: Tensor) -> Combined:
 def combine_drift(views: Sequence[Tensor], parameters: Tensor) -> Combined:
     """Dials over the views (base, pole 1 .. pole K); parameters are the gain, then the K weights' sizes.
 
-    The rule is the combination at gain 1.
+    The rule is the base moved by every weight at its own size, the unit ball undone: what several large weights ask for
+    would fall out of the nucleus of the step that they share.
     """
     base, *poles = _views(views, parameters.shape[1])
-    moved = dials(base, poles, parameters[:, 1:])
-    return Combined(base + parameters[:, :1] * moved, base + moved)
+    gain, weights = parameters[:, :1], parameters[:, 1:]
+    moved = dials(base, poles, weights)
+    whole = moved * weights.norm(dim=1, keepdim=True).clamp(min=1.0)
+    return Combined(base + gain * moved, base + whole)
 
 
 def combine_pad(views: Sequence[Tensor], parameters: Tensor) -> Combined:

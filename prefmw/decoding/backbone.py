@@ -6,6 +6,7 @@ to it as positions, masks and hooks.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,13 @@ Read = tuple[Sequence[int], Sequence[int]]
 """A context and a reply to it, as token ids."""
 
 
+class _UnderWay(threading.local):
+    """What the hook on the head needs to know of this thread's forward; other threads may use the model besides."""
+
+    places: Tensor | None = None
+    scale: Tensor | None = None
+
+
 class Backbone:
     """A model with its slot cache.
 
@@ -53,6 +61,8 @@ class Backbone:
 
     Attributes:
         windows: the kinds of its attention layers with their sliding windows, ``None`` for none.
+        exact: the tokens up to which rows of any length can share its positions; ``None`` for no such bound.
+        width: size of its hidden states.
         cache: the rows' keys and values.
         linears: its linear layers, where adapters are added.
 
@@ -65,27 +75,38 @@ class Backbone:
         self.vocabulary = vocabulary
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.windows = attention_windows(model)
+        self.exact = exact_positions(model)
         self._dtype: torch.dtype = model.dtype
         self._layers = int(model.config.get_text_config().num_hidden_layers)
-        self._places: Tensor | None = None
-        self._scale: Tensor | None = None
-        self.linears = GatedLinears(model)
-        self.graphs = StepGraphs(self) if self.device.type == "cuda" else None
-        self.cache = SlotCache(self._layers)
+        self._under_way = _UnderWay()
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings to read logits from")
+        self.width = int(head.weight.shape[1])
+        self.read = int(model.get_input_embeddings().weight.shape[0])  # ids below it can be read
+        self.linears = GatedLinears(model)
+        self.graphs = StepGraphs(self) if self.device.type == "cuda" else None
+        self.cache = SlotCache(self._layers)
         self._hook = head.register_forward_pre_hook(self._before_head)
 
     def release(self) -> None:
         """Leave the model as it was."""
         self._hook.remove()
         self.linears.release()
+        self.drop()
+
+    def drop(self) -> None:
+        """Free the cache, and the graphs, which point at it."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.cache.drop()
 
     def reserve(self, rows: int, positions: int) -> None:
         """Make room in the cache; where that allocates it anew, forget the graphs, which point at the old one."""
-        if self.cache.reserve(rows, positions) and self.graphs is not None:
-            self.graphs.clear()
+        if not self.cache.fits(rows, positions):
+            if self.graphs is not None:
+                self.graphs.clear()
+            self.cache.reserve(rows, positions)
 
     def forward(self, rows: Sequence[Row], take: Sequence[int]) -> None:
         """Read the first ``take[i]`` pending tokens of each row, all in one forward; at least one row takes some.
@@ -117,11 +138,12 @@ class Backbone:
         width, longest = max(map(len, whole)), max(len(reply) for _, reply in pairs)
         tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in whole], device=self.device)  # (R, N)
         first = torch.tensor([len(context) - 1 for context, _ in pairs], device=self.device)
-        self._places = (first.unsqueeze(1) + torch.arange(longest, device=self.device)).clamp(max=width - 1)  # (R, T)
+        places = (first.unsqueeze(1) + torch.arange(longest, device=self.device)).clamp(max=width - 1)  # (R, T)
+        self._under_way.places = places
         try:  # attention is causal: no token looks at the padding behind a row
             logits = self.model(input_ids=tokens, use_cache=False).logits[..., : self.vocabulary].float()
         finally:
-            places, self._places = self._places, None
+            self._under_way.places = None
         said = tokens.gather(1, (places + 1).clamp(max=width - 1))
         found = logits.gather(2, said.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)  # (R, T)
         return [row[: len(reply)].cpu() for row, (_, reply) in zip(found, pairs, strict=True)]
@@ -132,9 +154,9 @@ class Backbone:
         self.cache.put(row.slot, states, len(tokens))
         row.cached = list(tokens)
 
-    def copy_of(self, row: Row) -> States:
+    def copy_of(self, row: Row, *, on_cpu: bool = False) -> States:
         """The states of what a row has read, to be kept."""
-        return self.cache.take(row.slot, len(row.cached))
+        return self.cache.take(row.slot, len(row.cached), on_cpu=on_cpu)
 
     @torch.inference_mode()
     def _read(self, rows: Sequence[Row], tokens: Tensor, lengths: Tensor, take: Tensor, used: int) -> Tensor:
@@ -172,18 +194,19 @@ class Backbone:
             Logits (R, V), float32.
         """
         visible = masks(at, used, self._dtype, self.windows)
-        self._places, self._scale = last.unsqueeze(1), scale
-        self.linears.active = gates
+        self._under_way.places, self._under_way.scale = last.unsqueeze(1), scale
+        self.linears.under_way.gates = gates
         try:
             output = self.model(
                 input_ids=tokens,
                 attention_mask=visible if len(visible) > 1 else next(iter(visible.values())),
-                position_ids=at.clamp(max=used - 1),
+                position_ids=at.masked_fill(at >= used, 0),
                 past_key_values=self.cache,
                 use_cache=True,
             )
         finally:
-            self._places, self._scale, self.linears.active = None, None, ()
+            self._under_way.places = self._under_way.scale = None
+            self.linears.under_way.gates = ()
         logits: Tensor = output.logits[:, -1, : self.vocabulary].float()
         return logits
 
@@ -200,13 +223,26 @@ class Backbone:
         neither padding nor the prompt's other tokens cost a head, whatever the architecture does to its logits
         afterwards.
         """
-        if self._places is None:
+        places, scale = self._under_way.places, self._under_way.scale
+        if places is None:
             return None
         (hidden,) = inputs
-        hidden = hidden.gather(1, self._places.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
-        if self._scale is not None:
-            hidden = hidden * self._scale.unsqueeze(1).to(hidden.dtype)
+        hidden = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
+        if scale is not None:
+            hidden = hidden * scale.unsqueeze(1).to(hidden.dtype)
         return (hidden,)
+
+
+def exact_positions(model: Any) -> int | None:
+    """The tokens up to which a position is encoded the same whatever else is in the batch: rotary embeddings of some
+    kinds (``longrope``, ``dynamic``) change for all rows once one of them goes beyond the original context.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    tables = [table for table in (rope, *rope.values()) if isinstance(table, dict)]
+    changing = [table for table in tables if table.get("rope_type") in ("longrope", "dynamic")]
+    original = [table.get("original_max_position_embeddings") for table in changing]
+    return min((int(most or config.max_position_embeddings) for most in original), default=None)
 
 
 def attention_windows(model: Any) -> dict[str, int | None]:
@@ -220,6 +256,10 @@ def attention_windows(model: Any) -> dict[str, int | None]:
         raise ModelError(
             f"{name} does not keep its past as keys and values alone, which decoding needs; choose a decoder-only, "
             "attention-based model"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ModelError(
+            f"{name} has layers that share keys and values, which cannot be kept by rows; choose a model without"
         )
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [])

@@ -14,8 +14,8 @@ Shapes: B requests, K views each, V vocabulary, P parameters.
 
 from __future__ import annotations
 
-import queue
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -47,6 +47,9 @@ LOGITS_AT_ONCE = 1 << 27
 CHUNK = {"cpu": 256, "cuda": 2048}
 """Prompt tokens read between two steps of the replies that are under way."""
 
+PATIENCE = 256
+"""Steps without trouble after an out-of-memory, before twice as many rows are tried again."""
+
 
 class Engine:
     """Decodes requests on one causal language model, or on several for requests whose views read different ones.
@@ -75,59 +78,66 @@ class Engine:
         parked_bytes: int = 1 << 30,
         park_on_cpu: bool = False,
     ) -> None:
-        self._tables = {BASE: _Table(Backbone(model, vocabulary=vocabulary))}
-        self._capacity = capacity
+        self._tables = {BASE: _Table(Backbone(model, vocabulary=vocabulary), capacity)}
         self._max_rows = max_rows
-        self._room = max_rows  # fewer after an out-of-memory, until those that fit are done
+        self._room = max_rows  # fewer after an out-of-memory, for a while
+        self._steps = 0  # since then
         self._parking = Parking(parked_bytes)
         self._park_on_cpu = park_on_cpu
-        self._waiting: queue.Queue[_Reply | None] = queue.Queue(maxsize=queue_size)
-        self._next: deque[_Reply] = deque()  # taken from the queue, without rows so far
+        self._queue_size = queue_size
+        self._changed = threading.Condition()  # guards the next three
+        self._waiting: deque[_Reply] = deque()
+        self._errands: deque[tuple[Callable[[], list[Tensor]], Future[list[Tensor]]]] = deque()
+        self._closed = False
+        self._adding = threading.Lock()
         self._reading: deque[_Reply] = deque()  # with a prompt not yet read
         self._replying: list[_Reply] = []
-        self._errands: deque[tuple[Callable[[], list[Tensor]], Future[list[Tensor]]]] = deque()
-        self._closed = threading.Event()
-        self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
 
-    def add_backbone(self, name: str, model: Any, *, vocabulary: int) -> None:
+    def add_backbone(self, name: str, model: Any, *, capacity: int, vocabulary: int) -> None:
         """Let views name a further model; one by that name that is there already stays.
 
         Raises:
             ModelError: a model whose past cannot be kept in rows.
         """
-        if name not in self._tables:
-            self._tables[name] = _Table(Backbone(model, vocabulary=vocabulary))
+        with self._adding:
+            if name not in self._tables:
+                table = _Table(Backbone(model, vocabulary=vocabulary), capacity)
+                self._tables = {**self._tables, name: table}  # the worker may be going through the old one
 
     def add_adapter(self, name: str, adapter: Adapter, *, backbone: str = BASE) -> None:
-        """Let views of a backbone be read with a LoRA of that name; one that is there already is replaced.
+        """Let views of a backbone be read with a LoRA of that name.
 
         Raises:
-            ModelError: it does not fit the backbone.
+            ModelError: there is one by that name, or it does not fit the backbone.
         """
-        self._tables[backbone].backbone.linears.add(name, adapter)
+        with self._adding:
+            self._tables[backbone].backbone.linears.add(name, adapter)
 
     def submit(self, request: Request) -> Generation:
         """Queue a request and return at once.
 
         Raises:
-            UsageError: no view, an empty context, an unknown backbone, or more views than fit.
-            ContextLengthError: context and ``max_tokens`` together exceed the capacity.
+            UsageError: no view, an empty context, tokens that the backbone does not have, an unknown backbone, a head
+                scale of another size, or more views than fit.
+            ModelError: an unknown adapter.
+            ContextLengthError: context and ``max_tokens`` together exceed a backbone's capacity.
             EngineOverloadedError: the queue is full; worth a retry.
             EngineClosedError: the engine was shut down.
         """
         self._check(request)
-        generation = Generation()
-        with self._lock:
-            if self._closed.is_set():
-                raise EngineClosedError("the engine is shut down; build a new one")
-            try:
-                self._waiting.put_nowait(_Reply(request, generation))
-            except queue.Full as error:
-                size = self._waiting.maxsize
-                raise EngineOverloadedError(f"the engine's queue is full ({size} requests); try again later") from error
+        reply = _Reply(request, Generation(), self._parking.epoch)
+        with self._changed:
             self._begin()
-        return generation
+            if len(self._waiting) >= self._queue_size:
+                self._leave()
+            if len(self._waiting) >= self._queue_size:
+                raise EngineOverloadedError(
+                    f"the engine's queue is full ({self._queue_size} requests); try again later"
+                )
+            self._waiting.append(reply)
+            self._changed.notify_all()
+        return reply.generation
 
     def log_probabilities(
         self, pairs: Sequence[Read], progress: Callable[[float], None] = lambda share: None
@@ -146,8 +156,8 @@ class Engine:
         if any(not context or not reply for context, reply in pairs):
             raise UsageError("a reply to be read needs a token of its own and one in front of it")
         longest = max((len(context) + len(reply) for context, reply in pairs), default=0)
-        if longest > self._capacity:
-            raise ContextLengthError(f"{longest} tokens exceed the model's context of {self._capacity}")
+        if longest > self._tables[BASE].capacity:
+            raise ContextLengthError(f"{longest} tokens exceed the model's context of {self._tables[BASE].capacity}")
         backbone = self._tables[BASE].backbone
         room = READ_AT_ONCE.get(backbone.device.type, READ_AT_ONCE["cuda"])
         waiting = deque(sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]) + len(pairs[index][1])))
@@ -182,7 +192,7 @@ class Engine:
         Raises:
             ModelError: they differ.
         """
-        self_check(self._tables[BASE].backbone, capacity=self._capacity)
+        self_check(self._tables[BASE].backbone, capacity=self._tables[BASE].capacity)
 
     def forget(self, owner: str | None = None) -> None:
         """Drop what is kept for an owner's next request; everybody's where nobody is named."""
@@ -194,36 +204,38 @@ class Engine:
 
     def close(self) -> None:
         """Shut down: requests in flight fail with EngineClosedError, the worker ends."""
-        with self._lock:
-            self._closed.set()
+        with self._changed:
+            self._closed = True
             worker = self._worker
+            self._changed.notify_all()
         if worker is not None:
-            while worker.is_alive():
-                try:
-                    self._waiting.put(None, timeout=0.05)  # wakes a worker that waits
-                except queue.Full:
-                    continue
-                worker.join(timeout=0.05)
+            worker.join()
         for table in self._tables.values():
             table.backbone.release()
 
     def _begin(self) -> None:
-        """Start the worker, at the first request or at the first after a fork; under the lock."""
+        """Start the worker, at the first request or at the first after a fork; holding ``_changed``."""
+        if self._closed:
+            raise EngineClosedError("the engine is shut down; build a new one")
         if self._worker is None or not self._worker.is_alive():
+            self._give_up_rows()  # of a process that this one was forked from
             self._worker = threading.Thread(target=self._work, name="prefmw-engine", daemon=True)
             self._worker.start()
+
+    def _leave(self) -> None:
+        """Let those go who were cancelled while they waited; holding ``_changed``."""
+        for reply in [reply for reply in self._waiting if reply.generation.cancelled]:
+            self._waiting.remove(reply)
+            reply.begin()
+            reply.end()
 
     def _between_steps(self, errand: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What ``errand`` returns, done by the worker."""
         future: Future[list[Tensor]] = Future()
-        with self._lock:
-            if self._closed.is_set():
-                raise EngineClosedError("the engine is shut down; build a new one")
-            self._errands.append((errand, future))
+        with self._changed:
             self._begin()
-        if self._waiting.empty():
-            with suppress(queue.Full):
-                self._waiting.put_nowait(None)  # wakes a worker that waits
+            self._errands.append((errand, future))
+            self._changed.notify_all()
         return future.result()
 
     def _check(self, request: Request) -> None:
@@ -233,91 +245,98 @@ class Engine:
             raise UsageError(f"a request may have up to {self._max_rows} views, got {len(request.views)}")
         if unknown := {view.backbone for view in request.views} - set(self._tables):
             raise UsageError(f"no backbone '{min(unknown)}' in this engine; there is {', '.join(self._tables)}")
+        try:
+            hash(request.combiner)  # requests are grouped by it
+        except TypeError as error:
+            raise UsageError(f"a combiner is hashable, as functions are: {error}") from error
         sizes = {self._tables[view.backbone].backbone.vocabulary for view in request.views if view.advance is None}
         if len(sizes) > 1:
             raise UsageError(
                 f"views of vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens share no tokens; give the "
                 "views that read another vocabulary an advance rule"
             )
-        longest = max(len(view.context) for view in request.views)
-        if longest + request.sampling.max_tokens > self._capacity:
-            raise ContextLengthError(
-                f"a prompt of {longest} tokens and a reply of up to {request.sampling.max_tokens} exceed the model's "
-                f"context of {self._capacity}; shorten the conversation or lower max-tokens"
-            )
+        for view in request.views:
+            table = self._tables[view.backbone]
+            table.backbone.linears.check(view.adapter)
+            table.check_tokens(view.context)
+            if view.head_scale is not None and view.head_scale.shape != (table.backbone.width,):
+                got = tuple(view.head_scale.shape)
+                raise UsageError(f"a head scale has the shape ({table.backbone.width},) of hidden states, got {got}")
+            if len(view.context) + request.sampling.max_tokens > table.capacity:
+                raise ContextLengthError(
+                    f"a prompt of {len(view.context)} tokens and a reply of up to {request.sampling.max_tokens} exceed "
+                    f"the model's context of {table.capacity}; shorten the conversation or lower max-tokens"
+                )
 
     # The worker.
 
     def _work(self) -> None:
-        while not self._closed.is_set():
-            self._take_in()
+        while self._take_in():
             try:
                 self._admit()
                 self._read_prompts()
                 self._reply()
+                self._sweep()
                 self._run_errand()
+                self._steps += 1
             except torch.OutOfMemoryError as error:
                 self._make_room(error)
             except BaseException as error:  # whatever it was, its cause goes to those it hit, and the worker goes on
-                for reply in [*self._replying, *self._reading]:
-                    reply.fail(error)
-            self._sweep()
-        while not self._waiting.empty():
-            left = self._waiting.get()
-            if left is not None:
-                self._next.append(left)
-        for reply in [*self._replying, *self._reading, *self._next]:
-            reply.close()
-        for _, future in self._errands:
-            future.set_exception(EngineClosedError("the engine was shut down"))
-        self._sweep()
+                self._start_over(error)
+        closed = EngineClosedError("the engine was shut down with this request in flight; start it anew and ask again")
+        self._start_over(closed)
+        with self._changed:
+            for reply in self._waiting:
+                reply.fail(closed)
+            for _, future in self._errands:
+                future.set_exception(closed)
+            self._waiting.clear()
+            self._errands.clear()
 
-    def _run_errand(self) -> None:
-        """The first of what else there is to read; its failure is its caller's."""
-        if self._errands:
-            errand, future = self._errands.popleft()
-            try:
-                future.set_result(errand())
-            except torch.OutOfMemoryError as error:
-                torch.cuda.empty_cache()
-                self._parking.forget()
-                future.set_exception(error)
-            except BaseException as error:
-                failure = EngineError(f"the model could not read the replies: {error}")
-                failure.__cause__ = error
-                future.set_exception(failure)
-
-    def _take_in(self) -> None:
-        """What waits in the queue; sleeps until something does where there is nothing else to do."""
-        idle = not (self._replying or self._reading or self._next or self._errands)
-        while len(self._next) < self._max_rows:
-            try:
-                reply = self._waiting.get(block=idle)
-            except queue.Empty:
-                return
-            if reply is None:
-                return
-            self._next.append(reply)
-            idle = False
+    def _take_in(self) -> bool:
+        """Sleep until there is something to do; false where the engine is shut down."""
+        with self._changed:
+            self._leave()
+            while not (self._replying or self._reading or self._waiting or self._errands or self._closed):
+                self._changed.wait()
+            return not self._closed
 
     def _admit(self) -> None:
         """Give rows to those who wait, in their order, as far as there is room."""
-        if not (self._replying or self._reading):
-            self._room = min(self._max_rows, 2 * self._room)
-        while self._next:
-            taken = sum(len(other.rows) for other in (*self._replying, *self._reading))
-            if taken and taken + len(self._next[0].request.views) > self._room:
-                return
-            reply = self._next.popleft()
-            self._reading.append(reply)
+        if self._steps >= PATIENCE and self._room < self._max_rows:
+            self._room, self._steps = min(self._max_rows, 2 * self._room), 0
+        taken = sum(len(other.request.views) for other in (*self._replying, *self._reading))
+        while True:
+            with self._changed:
+                if not self._waiting or (taken and taken + len(self._waiting[0].request.views) > self._room):
+                    return
+                reply = self._waiting.popleft()
+                self._reading.append(reply)
+            taken += len(reply.request.views)
             for index in range(len(reply.request.views) if reply.begin() else 0):
                 self._open(reply, index)
+
+    def _run_errand(self) -> None:
+        """The first of what else there is to read; its failure is its caller's."""
+        with self._changed:
+            errand, future = self._errands.popleft() if self._errands else (None, None)
+        if errand is None or future is None:
+            return
+        try:
+            future.set_result(errand())
+        except torch.OutOfMemoryError as error:
+            self._parking.forget()
+            _free(error)
+            future.set_exception(error)
+        except BaseException as error:
+            failure = EngineError(f"the model could not read the replies: {error}")
+            failure.__cause__ = error
+            future.set_exception(failure)
 
     def _open(self, reply: _Reply, index: int) -> None:
         """Give a view its row, with what is parked for its owner laid into it."""
         view = reply.request.views[index]
-        row = self._tables[view.backbone].open(view.adapter, view.head_scale)
-        reply.rows.append(row)
+        row = self._tables[view.backbone].open(view.adapter, view.head_scale, reply.rows)
         context = reply.context(index)
         if reply.request.owner is not None:
             key = (reply.request.owner, view.backbone, view.adapter)
@@ -341,13 +360,15 @@ class Engine:
                         take.append(count)
             if rows:
                 table.backbone.forward(rows, take)
-        read = [reply for reply in alive if not any(row.pending for row in reply.rows)]
-        for reply in read:
-            self._reading.remove(reply)
-            for view, row in zip(reply.request.views, reply.rows, strict=True):
-                self._tables[view.backbone].make_ready(row)
-        self._replying += read
-        self._reading.rotate(-1)
+        first = self._reading[0] if self._reading else None
+        for reply in alive:
+            if not any(row.pending for row in reply.rows):
+                for view, row in zip(reply.request.views, reply.rows, strict=True):
+                    self._tables[view.backbone].make_ready(row)
+                self._reading.remove(reply)
+                self._replying.append(reply)
+        if self._reading and self._reading[0] is first:
+            self._reading.rotate(-1)
 
     def _reply(self) -> None:
         """One token more of every reply."""
@@ -377,15 +398,21 @@ class Engine:
                 self._draw([reply])
             return
         for reply, token in zip(group, tokens, strict=True):
-            reply.advance(token)
+            try:
+                reply.advance(token)
+                for view, row in zip(reply.request.views, reply.rows, strict=True):
+                    if view.advance is not None:
+                        self._tables[view.backbone].check_row(row)
+            except Exception as error:  # of its own advance rule
+                reply.fail(error)
 
     def _make_room(self, error: torch.OutOfMemoryError) -> None:
-        """Send the younger half back to wait; what cannot be halved fails."""
+        """Give up all rows and what is parked, and let half as many try again; who ran out of memory alone, and with
+        nothing else to give up, fails.
+        """
         active = [reply for reply in (*self._replying, *self._reading) if not reply.done]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._parking.forget()
-        if len(active) == 1:
+        alone = len(active) == 1 and active[0].alone
+        if alone:
             sizes = ", ".join(str(len(row.cached) + len(row.pending)) for row in active[0].rows)
             failure = EngineError(
                 f"out of memory with one request of {len(active[0].rows)} views ({sizes} tokens); shorten the prompt, "
@@ -393,40 +420,55 @@ class Engine:
             )
             failure.__cause__ = error
             active[0].fail(failure)
-            return
-        for reply in reversed(active[len(active) // 2 :]):
-            self._close_rows(reply)
-            self._next.appendleft(reply)
-            if reply in self._reading:
-                self._reading.remove(reply)
-            else:
-                self._replying.remove(reply)
-        self._room = sum(len(reply.rows) for reply in (*self._replying, *self._reading))
+        self._give_up_rows()
+        self._parking.forget()
+        _free(error)
+        if len(active) == 1:
+            active[0].alone = True
+        rows = sum(len(reply.request.views) for reply in active)
+        self._room, self._steps = max(1, rows // 2), 0
+        with self._changed:
+            self._waiting.extendleft(reply for reply in reversed(active) if not reply.done)
+
+    def _start_over(self, error: BaseException) -> None:
+        """Fail everything under way with ``error``, and begin again with no rows."""
+        for reply in (*self._replying, *self._reading):
+            reply.fail(error)
+        self._give_up_rows()
+
+    def _give_up_rows(self) -> None:
+        """No reply has rows any more; who is done is told. Nothing in here may fail."""
+        for reply in (*self._replying, *self._reading):
+            reply.rows = []
+            reply.end()
+        self._replying, self._reading = [], deque()
+        for table in self._tables.values():
+            with suppress(Exception):  # a device that is lost
+                table.drop()
 
     def _sweep(self) -> None:
-        """Free the rows of what is done, parking those of conversations, and tell the callers."""
+        """Tell the callers of what is done, and free its rows, parking those of conversations."""
         for replies in (self._replying, self._reading):
             for reply in [reply for reply in replies if reply.done]:
-                replies.remove(reply)
                 if reply.reason is not None and reply.request.owner is not None:
                     self._park(reply, reply.request.owner)
-                self._close_rows(reply)
                 reply.end()
+                replies.remove(reply)
+                self._close_rows(reply)
 
     def _park(self, reply: _Reply, owner: str) -> None:
         for view, row in zip(reply.request.views, reply.rows, strict=False):
+            if not row.cached:
+                continue
             try:
-                states = self._tables[view.backbone].backbone.copy_of(row)
+                states = self._tables[view.backbone].backbone.copy_of(row, on_cpu=self._park_on_cpu)
             except torch.OutOfMemoryError:  # what is not parked is read again
-                self._parking.forget()
                 return
-            if self._park_on_cpu:
-                states = [(keys.cpu(), values.cpu()) for keys, values in states]
-            self._parking.park((owner, view.backbone, view.adapter), row.cached, states)
+            self._parking.park((owner, view.backbone, view.adapter), row.cached, states, reply.epoch)
 
     def _close_rows(self, reply: _Reply) -> None:
         for view, row in zip(reply.request.views, reply.rows, strict=False):  # fewer rows if it got none so far
-            self._tables[view.backbone].close(row)
+            self._tables[view.backbone].close(row, wipe=reply.failed)
         reply.rows = []
 
 
@@ -435,16 +477,36 @@ class _Table:
     a step's forward reads neighbouring slots in place.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, capacity: int) -> None:
         self.backbone = backbone
+        self.capacity = min(capacity, backbone.exact or capacity)
         self._rows: list[Row] = []
         self._ready = 0
 
-    def open(self, adapter: str | None, head_scale: Tensor | None) -> Row:
-        """A new row behind all others."""
-        row = Row(len(self._rows), [], adapter=adapter, head_scale=head_scale)
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise UsageError for a token id that the model does not have."""
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.backbone.read:
+            wrong = next(token for token in tokens if not 0 <= token < self.backbone.read)
+            raise UsageError(f"token ids lie in 0..{self.backbone.read - 1} for this model, got {wrong}")
+
+    def check_row(self, row: Row) -> None:
+        """Raise for what a view's own advance rule may have given it to read."""
+        self.check_tokens(row.pending)
+        if len(row.cached) + len(row.pending) > self.capacity:
+            raise ContextLengthError(f"a view's own tokens exceed the model's context of {self.capacity}")
+
+    def drop(self) -> None:
+        """No rows, and the cache freed."""
+        self._rows, self._ready = [], 0
+        self.backbone.drop()
+
+    def open(self, adapter: str | None, head_scale: Tensor | None, rows: list[Row]) -> Row:
+        """A new row behind all others, added to a reply's ``rows``."""
+        self.backbone.reserve(len(self._rows) + 1, 1)
+        scale = None if head_scale is None else head_scale.to(self.backbone.device)
+        row = Row(len(self._rows), [], adapter=adapter, head_scale=scale)
         self._rows.append(row)
-        self.backbone.reserve(len(self._rows), 1)
+        rows.append(row)
         return row
 
     def make_ready(self, row: Row) -> None:
@@ -456,8 +518,10 @@ class _Table:
         """The rows that reply, in the order of their slots."""
         return self._rows[: self._ready]
 
-    def close(self, row: Row) -> None:
-        """Take a row out; its slot is free again."""
+    def close(self, row: Row, *, wipe: bool) -> None:
+        """Take a row out; its slot is free again. ``wipe`` where its states may not be finite."""
+        if wipe:
+            self.backbone.cache.wipe(row.slot)
         if row.slot < self._ready:
             self._ready -= 1
             self._swap(row.slot, self._ready)
@@ -476,9 +540,11 @@ class _Table:
 class _Reply:
     """One request in the making: what it has said, its rows, and the generator that goes on from there."""
 
-    def __init__(self, request: Request, generation: Generation) -> None:
+    def __init__(self, request: Request, generation: Generation, epoch: int) -> None:
         self.request = request
         self.generation = generation
+        self.epoch = epoch
+        self.alone = False  # whether it ran out of memory once, with nobody beside it
         self.rows: list[Row] = []
         self.said: list[int] = []
         self.reason: FinishReason | None = None
@@ -486,6 +552,7 @@ class _Reply:
         self.kind = (request.combiner, len(request.views), len(request.parameters))
         self._generator = torch.Generator().manual_seed(request.sampling.seed)
         self._uniform: float | None = None
+        self._ended = False
 
     def context(self, index: int) -> list[int]:
         """What stands in front of the next token in one view."""
@@ -509,8 +576,9 @@ class _Reply:
         return not self.done
 
     def end(self) -> None:
-        """Tell the caller that no more tokens come."""
-        if self.reason is not None:
+        """Tell the caller that no more tokens come, where that is so and was not told."""
+        if self.reason is not None and not self._ended:
+            self._ended = True
             self.generation._finish(self.reason)
 
     def logits(self, index: int) -> Tensor:
@@ -549,11 +617,12 @@ class _Reply:
             self.failed = True
             self.generation._fail(error)
 
-    def close(self) -> None:
-        """Tell the caller that the engine was shut down."""
-        if not self.done:
-            self.failed = True
-            self.generation._close()
+
+def _free(error: BaseException) -> None:
+    """Let go of what the failed forward holds, and give it back to the device."""
+    traceback.clear_frames(error.__traceback__)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _fits(count: int, take: Sequence[int], room: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal
 
-from prefmw.errors import EngineClosedError, EngineError, PrefmwError
+from prefmw.errors import EngineError, PrefmwError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -91,11 +91,6 @@ class Generation:
             wrapped.__cause__ = error
             error = wrapped
         self._events.put(error)
-
-    def _close(self) -> None:
-        self._fail(
-            EngineClosedError("the engine was shut down with this request in flight; start it anew and ask again")
-        )
 
 
 def _span(start: float | None, end: float | None) -> float:

@@ -7,8 +7,9 @@ that only round up read token 0 and write to the position that every row has to 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ LEAST_POSITIONS = 256
 
 WARM_UPS = 2
 """Runs before a recording, in which libraries allocate what they need."""
+
+_recording = threading.Lock()
+"""CUDA records one graph at a time in a process."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,11 +78,13 @@ class StepGraphs:
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
         self._recorded: dict[tuple[object, ...], tuple[StaticStep, torch.cuda.CUDAGraph | None, Tensor]] = {}
+        self._pool: Any = None  # one for all graphs: they are replayed one after another, and what they give is copied
         self._works = True
 
     def clear(self) -> None:
-        """Forget all graphs: the cache was allocated anew, and they point at the old one."""
+        """Forget all graphs: the cache is about to be allocated anew, and they point at the old one."""
         self._recorded.clear()
+        self._pool = None
 
     def step(
         self, tokens: Tensor, at: Tensor, gates: Sequence[tuple[str, Tensor]], scale: Tensor | None, used: int
@@ -110,8 +116,10 @@ class StepGraphs:
                 for _ in range(WARM_UPS):
                     step.run()
             torch.cuda.current_stream().wait_stream(side)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Other threads may allocate meanwhile, to load another model say.
+            with _recording, torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits = step.run()
         except torch.OutOfMemoryError:
             raise

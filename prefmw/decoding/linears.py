@@ -9,6 +9,7 @@ Shapes: R rows of one forward, N tokens a row, r LoRA rank.
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ from prefmw.errors import ModelError
 FEW = range(2, 9)
 """Numbers of rows that may be quicker as W x^T than as x W^T."""
 
+MEASURED = 1 << 24
+"""Weights of the largest product that is timed to find out: 64 MB of float32."""
+
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class _UnderWay(threading.local):
+    gates: Sequence[tuple[str, Tensor]] = ()
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -30,7 +41,7 @@ class Adapter:
 
 
 class GatedLinears:
-    """The linear layers of one model; ``active`` are the adapters and gates of the forward under way.
+    """The linear layers of one model; ``under_way`` holds the adapters and gates of this thread's forward.
 
     ``y = W x + gate[row] * B (A x)`` with a gate of 1 for rows that are read with the adapter and 0 for the others, so
     rows with different adapters, or none, share one forward and one product with W.
@@ -39,8 +50,9 @@ class GatedLinears:
     def __init__(self, model: nn.Module) -> None:
         self._layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
         self._adapters: dict[str, Adapter] = {}
+        self._put_on: dict[str, tuple[Forward, Forward | None]] = {}  # our forwards, and those that they stand before
         self._device = next(model.parameters()).device
-        self.active: Sequence[tuple[str, Tensor]] = ()
+        self.under_way = _UnderWay()
         self._few = _few_rows(self._layers.values())
         self._put(self._layers if self._few else {})
 
@@ -48,8 +60,10 @@ class GatedLinears:
         """Make an adapter known under a name.
 
         Raises:
-            ModelError: it names a layer that the model lacks, or shapes that do not fit.
+            ModelError: there is one by that name, it names a layer that the model lacks, or shapes do not fit.
         """
+        if name in self._adapters:  # what was read with it could not be told from what is read with another
+            raise ModelError(f"there is an adapter '{name}' on this model already; give this one another name")
         for layer, (down, up) in adapter.matrices.items():
             linear = self._layers.get(layer)
             if linear is None:
@@ -63,6 +77,12 @@ class GatedLinears:
         self._adapters[name] = adapter
         self._put({layer: self._layers[layer] for layer in adapter.matrices})
 
+    def check(self, adapter: str | None) -> None:
+        """Raise ModelError for an adapter that is not known."""
+        if adapter is not None and adapter not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise ModelError(f"no adapter '{adapter}' on this model; there is {known}")
+
     def gates(self, rows: Sequence[str | None]) -> list[tuple[str, Tensor]]:
         """For rows read with these adapters: each adapter in use with its gates, (R,), on the model's device.
 
@@ -70,23 +90,35 @@ class GatedLinears:
             ModelError: an unknown adapter.
         """
         names = sorted({name for name in rows if name is not None})
-        if unknown := set(names) - set(self._adapters):
-            known = ", ".join(self._adapters) or "none"
-            raise ModelError(f"no adapter '{min(unknown)}' on this model; there is {known}")
+        for name in names:
+            self.check(name)
         return [(name, torch.tensor([float(row == name) for row in rows], device=self._device)) for name in names]
 
     def release(self) -> None:
-        """Give the layers their own ``forward`` back."""
-        for layer in self._layers.values():
-            layer.__dict__.pop("forward", None)
+        """Give the layers the ``forward`` that they had."""
+        for name, (ours, before) in self._put_on.items():
+            instance = self._layers[name].__dict__
+            if instance.get("forward") is ours:  # else somebody stands before ours, which goes on without adapters
+                del instance["forward"]
+                if before is not None:
+                    instance["forward"] = before
 
     def _put(self, layers: Mapping[str, nn.Linear]) -> None:
         for name, layer in layers.items():
-            layer.forward = functools.partial(self._forward, name, layer)  # type: ignore[method-assign]
+            if name not in self._put_on:
+                ours = functools.partial(self._forward, name, layer)
+                self._put_on[name] = ours, layer.__dict__.get("forward")
+                layer.forward = ours  # type: ignore[method-assign]
 
     def _forward(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
-        y = few_rows_product(x, layer.weight, layer.bias) if x[..., 0].numel() in self._few else _own(layer, x)
-        for adapter, gate in self.active:
+        _, before = self._put_on[name]
+        if before is not None:  # one that moves weights between devices, say
+            y = before(x)
+        elif x[..., 0].numel() in self._few:
+            y = few_rows_product(x, layer.weight, layer.bias)
+        else:
+            y = nn.functional.linear(x, layer.weight, layer.bias)
+        for adapter, gate in self.under_way.gates:
             matrices = self._adapters[adapter].matrices.get(name)
             if matrices is not None:
                 down, up = matrices
@@ -102,19 +134,24 @@ def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _own(layer: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, layer.weight, layer.bias)
-
-
 def _few_rows(layers: Iterable[nn.Linear]) -> frozenset[int]:
-    """The numbers of rows for which the turned product is the quicker one here, by measurement on the largest layer."""
-    largest = max(layers, key=lambda layer: layer.weight.numel(), default=None)
-    if largest is None or largest.weight.device.type != "cpu" or not largest.weight.is_floating_point():
+    """The numbers of rows for which the turned product is the quicker one here, by measurement on the largest layer of
+    at most :data:`MEASURED` weights.
+    """
+    weights = [layer.weight for layer in layers if layer.weight.numel() <= MEASURED]
+    largest = max(weights, key=Tensor.numel, default=None)
+    if largest is None or largest.device.type != "cpu" or not largest.is_floating_point():
         return frozenset()
-    weight, better = largest.weight, set()
+    return _quicker(*largest.shape, largest.dtype, torch.get_num_threads())
+
+
+@functools.cache
+def _quicker(rows_out: int, rows_in: int, dtype: torch.dtype, threads: int) -> frozenset[int]:
+    better = set()
     with torch.inference_mode():
+        weight = torch.ones(rows_out, rows_in, dtype=dtype)
         for rows in FEW:
-            x = torch.ones(rows, largest.in_features, dtype=weight.dtype)
+            x = torch.ones(rows, rows_in, dtype=dtype)
             plain = _seconds(functools.partial(nn.functional.linear, x, weight))
             if _seconds(functools.partial(few_rows_product, x, weight, None)) < 0.9 * plain:
                 better.add(rows)

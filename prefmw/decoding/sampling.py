@@ -12,6 +12,9 @@ from prefmw.alignment import Combined, ranked_nucleus
 from prefmw.decoding.request import Sampling
 from prefmw.errors import EngineError
 
+LIKELY = 256
+"""Tokens by rank that are looked at first: few a nucleus holds more."""
+
 
 class Bounds(NamedTuple):
     """The sampling of B requests, (B,) each; a ``top_k`` of 0 stands for no bound."""
@@ -45,11 +48,24 @@ def draw(combined: Combined, bounds: Bounds, uniforms: Tensor) -> list[int]:
     Raises:
         EngineError: a combiner gave NaN or +inf, or excluded everything.
     """
+    tokens, whole = _among(LIKELY, combined, bounds, uniforms)
+    if not bool(whole.all()):
+        rest = (~whole).nonzero().squeeze(1)
+        on = rest.to(combined.rule.device)
+        part = Combined(combined.logits[on], combined.rule[on])
+        those = Bounds(*(bound[rest] for bound in bounds))
+        tokens[rest] = _among(combined.rule.shape[1], part, those, uniforms[rest])[0]
+    drawn: list[int] = tokens.tolist()
+    return drawn
+
+
+def _among(count: int, combined: Combined, bounds: Bounds, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens drawn from the rule's first ``count`` by rank, (B,), and whether those hold all candidates of a row."""
     temperature, top_p, top_k = bounds
     device = combined.rule.device
-    order, keep = ranked_nucleus(combined.rule, top_p.to(device), temperature.to(device))  # (B, C) each
+    order, keep, alone = ranked_nucleus(combined.rule, top_p.to(device), temperature.to(device), among=count)  # (B, C)
     rule, aligned = combined.rule.gather(1, order).cpu(), combined.logits.gather(1, order).cpu()
-    order, keep = order.cpu(), keep.cpu()
+    order, keep, alone = order.cpu(), keep.cpu(), alone.cpu()
     ranks = torch.arange(order.shape[1])
     keep &= (top_k == 0).unsqueeze(1) | (ranks < top_k.unsqueeze(1))
     bounded = aligned.masked_fill(~keep, -torch.inf)
@@ -60,8 +76,7 @@ def draw(combined: Combined, bounds: Bounds, uniforms: Tensor) -> list[int]:
     drawn = (running <= uniforms.unsqueeze(1) * running[:, -1:]).sum(dim=1)
     last = (keep & ~bounded.isneginf()).int().mul(ranks + 1).amax(dim=1) - 1
     place = torch.where(temperature == 0, bounded.argmax(dim=1), torch.minimum(drawn, last))
-    broken = bounded.isnan().any(dim=1) | bounded.isposinf().any(dim=1) | bounded.isneginf().all(dim=1)
-    if bool(broken.any()):
+    broken = (bounded.isnan() | bounded.isposinf() | rule.isnan() | rule.isposinf()).any(dim=1)
+    if bool((broken | bounded.isneginf().all(dim=1)).any()):
         raise EngineError("the combined logits hold NaN or infinity, or exclude every token")
-    tokens: list[int] = order.gather(1, place.unsqueeze(1)).squeeze(1).tolist()
-    return tokens
+    return order.gather(1, place.unsqueeze(1)).squeeze(1), keep.sum(dim=1) <= alone

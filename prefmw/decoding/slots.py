@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-GROWTH = 128
-"""Positions are allocated in multiples of this."""
+ROWS, GROWTH = 2, 128
+"""What is allocated first; positions come in multiples of the latter."""
 
 
 States = list[tuple[Tensor, Tensor]]
@@ -32,9 +32,8 @@ class SlotCache(Cache):  # type: ignore[misc]
     are in use. A position beyond a row's own tokens holds rubbish that masks hide.
     """
 
-    def __init__(self, layers: int, *, rows: int = 2, positions: int = GROWTH) -> None:
-        self.rows = rows
-        self.positions = positions
+    def __init__(self, layers: int) -> None:
+        self.rows, self.positions = ROWS, GROWTH
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
         self._rows: slice | Tensor = slice(0)
         self._at = torch.zeros(0, 0, dtype=torch.long)
@@ -52,18 +51,40 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._rows = slice(rows[0], rows[0] + len(rows)) if follow else torch.tensor(rows)
         self._at, self._used = at.clamp(max=self.positions), used
 
+    def fits(self, rows: int, positions: int) -> bool:
+        """Whether there is room for so many rows and positions."""
+        return rows <= self.rows and positions <= self.positions
+
     @torch.inference_mode()
-    def reserve(self, rows: int, positions: int) -> bool:
-        """Make room for so many rows and positions; whether memory was allocated anew."""
-        grown = max(self.rows, rows), max(self.positions, -(-positions // GROWTH) * GROWTH)
-        if grown == (self.rows, self.positions):
-            return False
-        rows = grown[0] if grown[0] == self.rows else max(grown[0], 2 * self.rows)
-        positions = grown[1] if grown[1] == self.positions else max(grown[1], int(1.5 * self.positions))
+    def reserve(self, rows: int, positions: int) -> None:
+        """Make room for so many rows and positions.
+
+        An out-of-memory in the middle leaves some layers larger than they need be, which harms nothing.
+        """
+        if self.fits(rows, positions):
+            return
+        if rows > self.rows:
+            rows = max(rows, 2 * self.rows)
+        if positions > self.positions:
+            positions = max(-(-positions // GROWTH) * GROWTH, int(1.5 * self.positions))
+        rows, positions = max(rows, self.rows), max(positions, self.positions)
         for layer in self.layers:
             layer.grow(rows, positions)
         self.rows, self.positions = rows, positions
-        return True
+
+    def drop(self) -> None:
+        """Free all of it; what was read is gone."""
+        for layer in self.layers:
+            layer.free()
+        self.rows, self.positions = ROWS, GROWTH
+
+    @torch.inference_mode()
+    def wipe(self, row: int) -> None:
+        """Zeros in a row: what a mask hides must be finite, and this one's states may not be."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys[row].zero_()
+                layer.values[row].zero_()
 
     @torch.inference_mode()
     def swap(self, one: int, other: int, length: int) -> None:
@@ -76,9 +97,16 @@ class SlotCache(Cache):  # type: ignore[misc]
                     states[other, :length] = kept
 
     @torch.inference_mode()
-    def take(self, row: int, length: int) -> States:
-        """Copies of the first ``length`` positions of a row, by layer: keys and values (length, H, D) each."""
-        return [(layer.keys[row, :length].clone(), layer.values[row, :length].clone()) for layer in self.layers]
+    def take(self, row: int, length: int, *, on_cpu: bool = False) -> States:
+        """Copies of the first ``length`` positions of a row that has read as many, by layer: keys and values
+        (length, H, D) each.
+        """
+
+        def copy(states: Tensor) -> Tensor:
+            kept = states[row, :length]
+            return kept.to("cpu", copy=True) if on_cpu else kept.clone()
+
+        return [(copy(layer.keys), copy(layer.values)) for layer in self.layers]
 
     @torch.inference_mode()
     def put(self, row: int, kept: States, length: int) -> None:
@@ -120,14 +148,21 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """As transformers asks for it: to fit states (R, H, N, D)."""
         self.initialize(key_states.transpose(1, 2), value_states.transpose(1, 2))
 
+    def free(self) -> None:
+        """Let go of the memory."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
     def grow(self, rows: int, positions: int) -> None:
-        """Allocate anew and copy."""
+        """Allocate anew and copy, where that is more than there is."""
         if self.is_initialized:
             for name in ("keys", "values"):
                 old: Tensor = getattr(self, name)
-                new = old.new_zeros(rows, positions + 1, *old.shape[2:])
-                new[: old.shape[0], : old.shape[1] - 1] = old[:, :-1]
-                setattr(self, name, new)
+                wanted = max(rows, old.shape[0]), max(positions + 1, old.shape[1])
+                if wanted != tuple(old.shape[:2]):
+                    new = old.new_zeros(*wanted, *old.shape[2:])
+                    new[: old.shape[0], : old.shape[1] - 1] = old[:, :-1]
+                    setattr(self, name, new)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write states (R, H, N, D) where the cache aims; all that is in use of those rows, (R, H, T, D) each."""

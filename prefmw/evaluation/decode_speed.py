@@ -141,7 +141,7 @@ def measure(
                 way.tokens_per_s.append(rate)
                 progress()
         parked = {name: [bench.parked(name) for _ in range(rounds)] for name in names}
-        memory = {name: bench.memory_mb(name) for name in names}
+        memory = {name: _memory_mb(model, name, users=users, context=context, tokens=tokens) for name in names}
     finally:
         bench.engine.close()
     seen = {way.name: way for way in (*ours, *theirs)}
@@ -274,17 +274,6 @@ class _Bench:
             self.engine.forget("bench")
         return seconds[0], seconds[1]
 
-    def memory_mb(self, name: str) -> float:
-        """On a GPU, the most memory that a reply takes beside the weights; elsewhere what the slots hold."""
-        if self._device.type != "cuda":
-            return round(self.engine.cache_bytes() / 2**20, 1)
-        gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        self.engine_reply(name)
-        return round((torch.cuda.max_memory_allocated() - before + self.engine.cache_bytes()) / 2**20, 1)
-
     # transformers' own ways.
 
     def _times(self, run: Callable[[_Clock], None]) -> tuple[float, float, float]:
@@ -344,6 +333,23 @@ class _Bench:
             tokens = [drawn, drawn]
 
 
+def _memory_mb(model: Any, name: str, **shape: int) -> float:
+    """What replies take beside the weights, in an engine of their own: on a GPU at most, elsewhere in its slots."""
+    on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    bench = _Bench(model, **shape)
+    try:
+        bench.engine_reply(name)
+        taken = torch.cuda.max_memory_allocated() - before if on_gpu else bench.engine.cache_bytes()
+    finally:
+        bench.engine.close()
+    return round(taken / 2**20, 1)
+
+
 class _Clock:
     """When each token came: ticked by hand, or by ``generate`` as a logits processor, before each token is drawn."""
 
@@ -364,9 +370,10 @@ class _Clock:
 
 
 def _figures(started: float, first: float, ended: float, tokens: int, users: int) -> tuple[float, float, float]:
-    """Milliseconds to the first token, milliseconds a token after it, tokens a second of all users after it."""
-    each = (ended - first) / (tokens - 1)
-    return 1000 * (first - started), 1000 * each, users / each
+    """Milliseconds to the last user's first token, milliseconds a token of that user's after it, and tokens a second of
+    all users from the beginning to the end, prompts included.
+    """
+    return 1000 * (first - started), 1000 * (ended - first) / (tokens - 1), users * tokens / (ended - started)
 
 
 def _ratio(key: str, ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Composer:
         alone: more questions and more wordings in as many tokens, to begin with.
         """
         kinds = (self.chat, self.style_chat, self.small_chat, self.topic_chat)
-        shares = (0.38, 0.22, 0.1, 0.3) if short else (0.55, 0.27, 0.13, 0.05)
+        shares = (0.4, 0.22, 0.13, 0.25) if short else (0.55, 0.27, 0.13, 0.05)
         for _ in range(count):
             yield self.random.choices(kinds, shares)[0](short=short)
 
@@ -128,7 +128,7 @@ class Composer:
         """One chat about one or more topics, of one to three turns, now and then many."""
         rng = self.random
         state = _State(points=rng.choice((1, 2)) if short else None)
-        shares = (0.85, 0.15, 0, 0) if short else (0.55, 0.27, 0.14, 0.04)
+        shares = (0.68, 0.32, 0, 0) if short else (0.55, 0.27, 0.14, 0.04)
         turns = rng.choices((1, 2, 3, rng.randint(4, 12)), shares)[0]
         state.topic = rng.choice(self.topics)
         style = self.draw_style(state.topic)
@@ -368,7 +368,7 @@ class Composer:
         elif values["verbosity"] > 0:
             sentences = [text, self._fresh(forms(self.split, "frames", frame, "reason"), used).format(reason=reason)]
         else:
-            sentences = [text + self._one(forms(self.split, "frames", frame, "because")).format(reason=reason)]
+            sentences = [text + self._fresh(forms(self.split, "frames", frame, "because"), used).format(reason=reason)]
         sentences = [_sentence(sentence) for sentence in sentences]
         if values["humor"] > 0:
             sentences.append(fact.joke)
@@ -399,10 +399,10 @@ class Composer:
         assert state.topic is not None
         if first:
             return self._typed(self.question(state.topic))
-        if rng.random() < 0.3:
+        if rng.random() < 0.2:
             state.topic, state.told = rng.choice(self._allowed_topics(state.asked)), []
             return self._typed(self.question(state.topic))
-        if rng.random() < 0.4:
+        if rng.random() < 0.65:
             return self._typed(self._one(self._talk.small["asking"]["more"][self.split]))
         return self._typed(self._one(state.topic.followups))
 
@@ -450,11 +450,16 @@ class Composer:
         return " ".join(words[:8])
 
     def _typed(self, text: str) -> str:
-        """As people type: now and then with words around, in lower case, without the last mark, or with a slip."""
+        """As people type: now and then with words around, in lower case, without the last mark, or with a slip; in
+        training also in keywords, or beside something of their own that has nothing to do with it.
+        """
         rng, asking = self.random, self._talk.small["asking"]
-        text = self._worn(text, most=0.5)
+        text = self._worn(text, most=0.4)
         if self.split == "train" and rng.random() < 0.15:
             return self._keywords(text)
+        if self.split == "train" and rng.random() < 0.12:
+            aside = self._one(self._talk.neutral)
+            return f"{aside} {text}" if rng.random() < 0.6 else f"{text} {aside}"
         if rng.random() < 0.15:
             before = self._one(asking["before"])
             text = before + (text if before.rstrip()[-1] in ".!" else text[0].lower() + text[1:])

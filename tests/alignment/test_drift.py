@@ -74,12 +74,22 @@ def test_one_full_dial_at_a_gain_is_the_linear_step_from_the_plain_model():
     torch.testing.assert_close(combined.rule, pole)
 
 
-def test_the_rule_is_the_combination_at_gain_one_whatever_the_gain():
-    base, poles, weights = drawn(6)
+def test_the_rule_takes_every_weight_at_its_own_size_whatever_the_gain():
+    base, (one, other), weights = drawn(6)
+    weights = weights + 0.5  # some lie beyond the unit ball
+    whole = base + weights[:, :1] * (one - base) + weights[:, 1:] * (other - base)
     for gain in (0.0, 1.0, 5.0):
-        combined = combine_drift([base, *poles], torch.cat([torch.full((3, 1), gain), weights], dim=1))
-        torch.testing.assert_close(combined.rule, base + dials(base, poles, weights))
-        torch.testing.assert_close(combined.logits, base + gain * dials(base, poles, weights))
+        combined = combine_drift([base, one, other], torch.cat([torch.full((3, 1), gain), weights], dim=1))
+        torch.testing.assert_close(combined.rule, whole)
+        torch.testing.assert_close(combined.logits, base + gain * dials(base, [one, other], weights))
+
+
+def test_what_one_of_many_full_dials_asks_for_stays_in_the_rule():
+    base = torch.tensor([[10.0, 0.0, 0.0, 0.0]])
+    poles = [base + torch.eye(4)[[column]] * 12 for column in (1, 2, 3)]
+    combined = combine_drift([base, *poles], torch.ones(1, 4))
+    assert (combined.rule.softmax(1)[:, 1:] > 0.3).all()
+    assert (combined.logits.softmax(1)[:, 1:] < 0.1).all()
 
 
 def test_each_row_has_its_own_weights():

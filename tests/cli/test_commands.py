@@ -477,7 +477,7 @@ def test_a_mistake_is_one_line_that_helps(name, prefmw, ok, alice, toy, monkeypa
 
 @pytest.mark.parametrize("arguments", [[], ["x"], ["x", "-u", "bob"]])
 def test_the_default_model_is_named_where_it_is_missing(prefmw, monkeypatch, tmp_path, arguments):
-    monkeypatch.setattr("prefmw.bootstrap.embedded_path", lambda name: tmp_path / name)
+    monkeypatch.setattr("prefmw.embedded.embedded_path", lambda name: tmp_path / name)
     code, out, err = prefmw("chat", *arguments)
     assert (code, out) == (2, "")
     assert re.fullmatch("prefmw: the embedded chat model 'tiny' is not in this installation; [^\n]*-m[^\n]*\n", err)

@@ -301,7 +301,7 @@ def test_a_crash_fails_what_was_under_way_with_its_cause_and_the_engine_goes_on(
 
 def test_views_of_unequal_vocabularies_need_an_advance_rule(model):
     engine = Engine(model, capacity=256, vocabulary=VOCABULARY)
-    engine.add_backbone("small", make_model(200, context=256, seed=5), vocabulary=200)
+    engine.add_backbone("small", make_model(200, context=256, seed=5), capacity=256, vocabulary=200)
     views = (View(TEXT[:9]), View([3, 4], backbone="small"))
     with pytest.raises(UsageError, match="200 and 300 tokens"):
         engine.submit(Request(views, combine_plain, GREEDY))
