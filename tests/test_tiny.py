@@ -61,7 +61,6 @@ def test_it_loads_in_half_a_second():
     assert seconds < 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="these weights stray on more than one in seven of these")
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_held_out_questions_are_answered_on_topic(tiny, temperature):
     answered, _ = answer_items(
@@ -78,7 +77,6 @@ def test_held_out_questions_are_answered_without_loops(tiny, temperature):
     assert sum(answer.repeats for answer in answered) <= 0.05 * len(answered)
 
 
-@pytest.mark.xfail(strict=True, reason="these weights answer a third of them with advice on something else")
 def test_what_it_never_saw_it_says_it_does_not_know(personalizer):
     questions = load_talk().unknown["questions"]["dev"][:30]
     texts = [personalizer.reply("alice", [Message("user", question)], Options(seed=1)).text for question in questions]

@@ -150,7 +150,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def free(self) -> None:
         """Let go of the memory."""
-        self.keys = self.values = None
+        self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
 
     def grow(self, rows: int, positions: int) -> None:

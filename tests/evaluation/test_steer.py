@@ -97,7 +97,6 @@ def test_steering_is_seen_on_the_embedded_model(tiny, dimensions):
     assert {"text", "wanted", "measures", "followed", "relevant"} <= set(line)
 
 
-@pytest.mark.xfail(strict=True, reason="these weights stray on a fifth of the questions when steered")
 def test_steered_replies_stay_on_topic(tiny, dimensions):
     rows = conditions(["prompt", "linear"], [], 0.7, controls=False)
     table = steer_rows("dev", rows, 16, tiny, dimensions)
