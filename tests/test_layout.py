@@ -88,6 +88,7 @@ ARROWS = {
     ),
     "prefmw.settings": ("prefmw.preferences",),
     "prefmw.errors": (),
+    "prefmw.embedded": (),
     "prefmw.reply": ("prefmw.preferences", "prefmw.decoding", "prefmw.models"),
     "prefmw.personalizer": (
         "prefmw.preferences",
