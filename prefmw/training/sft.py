@@ -58,11 +58,39 @@ _COMPOSING = ("composer", "styles", "topics", "tokenizer")
 EAGER = 400
 """Tokens up to which plain products beat PyTorch's fused attention on a CPU, whose backward pass is slow."""
 
-_NEEDED = {
-    "corpus": {"short_chats", "chats", "held_out", "follow_rate"},
-    "optimizer": {"learning_rate", "warmup_steps", "weight_decay", "beta2", "batch_tokens", "epochs"},
-    "guide": {"embedder", "embeddings", "layer", "meaning", "labels"},
+_WHOLE, _NUMBER = (int,), (int, float)
+_VALUES: dict[str, dict[str, tuple[tuple[type, ...], float, float]]] = {
+    "corpus": {
+        "short_chats": (_WHOLE, 0, 1e8),
+        "chats": (_WHOLE, 0, 1e8),
+        "held_out": (_WHOLE, 1, 1e6),
+        "follow_rate": (_NUMBER, 0, 1),
+    },
+    "tokenizer": {"vocabulary": (_WHOLE, 300, 1e6), "chats": (_WHOLE, 1, 1e8)},
+    "model": {
+        "hidden_size": (_WHOLE, 1, 1e5),
+        "intermediate_size": (_WHOLE, 1, 1e6),
+        "num_hidden_layers": (_WHOLE, 1, 1000),
+        "num_attention_heads": (_WHOLE, 1, 1000),
+        "num_key_value_heads": (_WHOLE, 1, 1000),
+        "max_position_embeddings": (_WHOLE, 16, 1e6),
+    },
+    "optimizer": {
+        "learning_rate": (_NUMBER, 1e-9, 1),
+        "warmup_steps": (_WHOLE, 0, 1e7),
+        "weight_decay": (_NUMBER, 0, 1),
+        "beta2": (_NUMBER, 0, 0.999999),
+        "batch_tokens": (_WHOLE, 64, 1e7),
+        "epochs": (_WHOLE, 1, 1000),
+    },
+    "guide": {
+        "embeddings": (_NUMBER, 0, 100),
+        "layer": (_WHOLE, 1, 1000),
+        "meaning": (_NUMBER, 0, 100),
+        "labels": (_NUMBER, 0, 100),
+    },
 }
+"""What a recipe's tables hold: types, and the lowest and highest value."""
 
 SAVE_STEPS = 200
 """Steps between two checkpoints."""
@@ -89,26 +117,55 @@ def load_recipe(name: str) -> Recipe:
     """A recipe by name, or by the path of a TOML file.
 
     Raises:
-        UsageError: there is none, or it lacks a part.
+        UsageError: there is none, it lacks a part, or a value is out of range.
     """
     path = Path(name) if name.endswith(".toml") else Path(str(files("prefmw.training"))) / "recipes" / f"{name}.toml"
     try:
         recipe = Recipe(**tomllib.loads(path.read_text(encoding="utf-8")))
-        for part, keys in _NEEDED.items():
-            table = getattr(recipe, part)
-            if (missing := sorted(keys - set(table))) and (table or part != "guide"):
-                raise TypeError(f"[{part}] lacks {', '.join(missing)}")
-        if recipe.guide and "start" in recipe.model:
-            raise TypeError("[guide] begins a model; one that goes on from another has none")
-        if recipe.guide and not 0 < recipe.guide["layer"] <= recipe.model["num_hidden_layers"]:
-            raise TypeError(f"[guide] reads layer {recipe.guide['layer']}, which the model has not")
+        _check(recipe)
     except OSError as error:
         known = sorted(file.stem for file in path.parent.glob("*.toml")) if not name.endswith(".toml") else []
         hint = f"; there is {', '.join(known)}" if known else ""
         raise UsageError(f"no recipe '{name[:80]}'{hint}, or name a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # of TOML and of text among them
         raise UsageError(f"the recipe '{name[:80]}' cannot be read: {error}") from error
     return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    """Raise TypeError or ValueError for a recipe that cannot be followed."""
+    if not isinstance(recipe.seed, int) or not 0 <= recipe.seed < 2**32:
+        raise ValueError(f"seed is a whole number from 0 to {2**32 - 1}, got {recipe.seed!r}")
+    goes_on = "start" in recipe.model
+    if recipe.guide and goes_on:
+        raise TypeError("[guide] begins a model; one that goes on from another has none")
+    texts = {("model", "start"): goes_on, ("guide", "embedder"): bool(recipe.guide)}
+    for part, values in _VALUES.items():
+        table = getattr(recipe, part)
+        if not isinstance(table, dict):
+            raise TypeError(f"[{part}] is a table")
+        needed = set() if (part == "guide" and not table) or (goes_on and part in ("tokenizer", "model")) else {*values}
+        needed |= {key for (owner, key), is_needed in texts.items() if owner == part and is_needed}
+        if missing := sorted(needed - set(table)):
+            raise TypeError(f"[{part}] lacks {', '.join(missing)}")
+        if unknown := sorted(set(table) - needed):
+            raise TypeError(f"[{part}] has no {', '.join(unknown)}")
+        for key in needed & set(values):
+            kinds, low, high = values[key]
+            value = table[key]
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                what = "a whole number" if kinds == _WHOLE else "a number"
+                raise ValueError(f"[{part}] {key} is {what} from {low:g} to {high:g}, got {value!r}")
+    if recipe.corpus["short_chats"] + recipe.corpus["chats"] == 0:
+        raise ValueError("[corpus] has no chats")
+    if recipe.guide and recipe.guide["layer"] > recipe.model["num_hidden_layers"]:
+        raise ValueError(f"[guide] reads layer {recipe.guide['layer']}, which the model has not")
+    if not goes_on:
+        shape = recipe.model
+        if shape["hidden_size"] % (2 * shape["num_attention_heads"]):
+            raise ValueError("[model] hidden_size is a multiple of twice num_attention_heads")
+        if shape["num_attention_heads"] % shape["num_key_value_heads"]:
+            raise ValueError("[model] num_attention_heads is a multiple of num_key_value_heads")
 
 
 def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path, dict[str, Any]]:
@@ -273,6 +330,8 @@ def corpus_digest() -> str:
 
 def _claim(out: Path, recipe: Recipe, digest: str) -> None:
     """Write the recipe and its corpus' digest beside the run, or refuse a folder that holds another's."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is no folder; name one with --out")
     saved = out / "recipe.json"
     ours = json.dumps({**asdict(recipe), "corpus_digest": digest}, indent=1) + "\n"
     if saved.is_file() and saved.read_text(encoding="utf-8") != ours:

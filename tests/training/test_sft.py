@@ -140,6 +140,48 @@ def test_a_recipe_that_lacks_a_number_is_refused(tmp_path: Path):
         load_recipe(str(tmp_path / "x.toml"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed = 1", "seed = -1", "seed is a whole number from 0"),
+        (
+            "short_chats = 560_000",
+            "short_chats = -4",
+            r"\[corpus\] short_chats is a whole number from 0 to 1e\+08, got -4",
+        ),
+        ("short_chats = 560_000", 'short_chats = "many"', "got 'many'"),
+        ("short_chats = 560_000", "short_chats = 4.5", "got 4.5"),
+        ("held_out = 200", "held_out = 0", "held_out is a whole number from 1"),
+        ("follow_rate = 0.8", "follow_rate = 2", "follow_rate is a number from 0 to 1, got 2"),
+        ("learning_rate = 6e-3", "learning_rate = nan", "got nan"),
+        ("vocabulary = 8192", "vocabulary = 10", "vocabulary is a whole number from 300"),
+        ("hidden_size = 160", "hidden_size = 30", "hidden_size is a multiple of twice num_attention_heads"),
+        ("num_key_value_heads = 2", "num_key_value_heads = 3", "num_attention_heads is a multiple of"),
+        ("epochs = 1", "epochs = 1\nwarmth = 2", r"\[optimizer\] has no warmth"),
+        ("layer = 3", "layer = 9", "reads layer 9, which the model has not"),
+    ],
+)
+def test_a_recipe_out_of_range_is_refused_by_part_and_name(tmp_path: Path, old, new, message):
+    text = (files("prefmw.training") / "recipes" / "tiny.toml").read_text()
+    assert old in text
+    (tmp_path / "x.toml").write_text(text.replace(old, new, 1))
+    with pytest.raises(UsageError, match=message):
+        load_recipe(str(tmp_path / "x.toml"))
+
+
+def test_a_recipe_without_chats_is_refused(tmp_path: Path):
+    text = (files("prefmw.training") / "recipes" / "refit.toml").read_text()
+    (tmp_path / "x.toml").write_text(text.replace("chats = 14_000", "chats = 0"))
+    with pytest.raises(UsageError, match="has no chats"):
+        load_recipe(str(tmp_path / "x.toml"))
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UsageError, match="is no folder"):
+        train_sft(small(), tmp_path / "run", progress=False)
+
+
 def test_a_broken_recipe_is_refused(tmp_path: Path):
     (tmp_path / "x.toml").write_text("name = 'x'\nseed = 1\n")
     with pytest.raises(UsageError, match="cannot be read"):
