@@ -13,7 +13,9 @@ from prefmw.cli.options import JsonOption
 from prefmw.cli.output import print_json, say
 from prefmw.errors import MissingExtraError
 
-app = typer.Typer(help="The offline trainers. They need the extra: pip install 'prefmw[train]'.", no_args_is_help=True)
+app = typer.Typer(
+    help="The offline trainers. They need the extra: pip install 'prefmw\\[train]'.", no_args_is_help=True
+)
 
 
 @app.command()

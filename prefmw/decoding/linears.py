@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from prefmw.errors import ModelError
 
-FEW = range(2, 9)
+FEW = range(1, 9)
 """Numbers of rows that may be quicker as W x^T than as x W^T."""
 
 MEASURED = 1 << 24
-"""Weights of the largest product that is timed to find out: 64 MB of float32."""
+"""Weights that are timed to find out, at most: 64 MB of float32."""
 
 
 Forward = Callable[[Tensor], Tensor]
@@ -128,37 +128,46 @@ class GatedLinears:
 
 
 def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b computed as (W x^T)^T: for 2 to 8 rows some CPU libraries are several times quicker this way round."""
+    """x W^T + b computed as (W x^T)^T: for few rows some CPU libraries are several times quicker this way round. One
+    row is read twice, since products with a single vector may run on one core alone.
+
+    The result is laid out as the plain product's; what reads it, fused attention say, is slow or falls back otherwise.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    y = torch.mm(weight, flat.t()).t().reshape(*x.shape[:-1], weight.shape[0])
+    rows = flat.shape[0]
+    columns = (torch.cat([flat, flat]) if rows == 1 else flat).t()
+    y = torch.mm(weight, columns).t()[:rows].contiguous().reshape(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 
 
 def _few_rows(layers: Iterable[nn.Linear]) -> frozenset[int]:
-    """The numbers of rows for which the turned product is the quicker one here, by measurement on the largest layer of
-    at most :data:`MEASURED` weights.
+    """The numbers of rows for which the turned product is the quicker one here, by measurement on as many weights as
+    the model has of its largest shape, so that they lie in the caches or not as they will.
     """
     weights = [layer.weight for layer in layers if layer.weight.numel() <= MEASURED]
     largest = max(weights, key=Tensor.numel, default=None)
     if largest is None or largest.device.type != "cpu" or not largest.is_floating_point():
         return frozenset()
-    return _quicker(*largest.shape, largest.dtype, torch.get_num_threads())
+    alike = sum(weight.shape == largest.shape for weight in weights)
+    count = min(alike, MEASURED // largest.numel())
+    return _quicker(count, *largest.shape, largest.dtype, torch.get_num_threads())
 
 
 @functools.cache
-def _quicker(rows_out: int, rows_in: int, dtype: torch.dtype, threads: int) -> frozenset[int]:
+def _quicker(count: int, rows_out: int, rows_in: int, dtype: torch.dtype, threads: int) -> frozenset[int]:
     better = set()
     with torch.inference_mode():
-        weight = torch.ones(rows_out, rows_in, dtype=dtype)
+        weights = [torch.ones(rows_out, rows_in, dtype=dtype) for _ in range(count)]
         for rows in FEW:
             x = torch.ones(rows, rows_in, dtype=dtype)
-            plain = _seconds(functools.partial(nn.functional.linear, x, weight))
-            if _seconds(functools.partial(few_rows_product, x, weight, None)) < 0.9 * plain:
+            plain = _seconds(lambda x=x: [nn.functional.linear(x, weight) for weight in weights])  # type: ignore[misc]
+            turned = _seconds(lambda x=x: [few_rows_product(x, weight, None) for weight in weights])  # type: ignore[misc]
+            if turned < 0.9 * plain:
                 better.add(rows)
     return frozenset(better)
 
 
-def _seconds(work: Callable[[], Tensor], times: int = 5) -> float:
+def _seconds(work: Callable[[], object], times: int = 3) -> float:
     work()
     taken = []
     for _ in range(times):

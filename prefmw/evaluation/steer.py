@@ -127,7 +127,7 @@ def conditions(
         rows += [Condition("prompt", None, heat) for heat in (0.3, 1.0) if heat != temperature]
         if temperature > 0:
             rows.append(Condition("best-of-4", None, temperature))
-    return rows
+    return list(dict.fromkeys(rows))
 
 
 def answer_items(

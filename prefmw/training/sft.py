@@ -252,7 +252,10 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         trainer.remove_callback(printer)
     if progress:
         trainer.add_callback(_Bar())
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(out / "checkpoints"))
+    begun = _last_whole_checkpoint(out / "checkpoints")
+    if begun and progress:
+        print(f"going on from step {Path(begun).name.rpartition('-')[2]}", file=sys.stderr)
+    trainer.train(resume_from_checkpoint=begun)
     held_out_loss = trainer.evaluate()["eval_loss"]
     del model.guide
     folder = _export(model, tokenizer, out / "model")

@@ -151,8 +151,10 @@ def test_models_whose_past_is_no_keys_and_values_are_refused_by_name(kind):
         Backbone(model, vocabulary=4)
 
 
-def test_products_of_few_rows_are_the_same_either_way_round():
-    x, layer = torch.randn(3, 1, 32), torch.nn.Linear(32, 48)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_of_few_rows_are_the_same_either_way_round(rows):
+    x, layer = torch.randn(rows, 1, 32), torch.nn.Linear(32, 48)
     turned = few_rows_product(x, layer.weight, layer.bias)
     torch.testing.assert_close(turned, layer(x))
-    assert turned.shape == (3, 1, 48)
+    assert turned.shape == (rows, 1, 48)
+    assert turned.is_contiguous()

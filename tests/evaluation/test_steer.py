@@ -120,3 +120,8 @@ def test_controls_answer(name, tiny, dimensions):
     assert len(answered) == 10
     assert all(answer.text for answer in answered)
     assert seconds > 0
+
+
+def test_what_is_named_twice_is_one_row():
+    assert len(conditions(["none", "none"], [], 0.7, controls=False)) == 1
+    assert len(conditions(["linear"], [1.0, 1.0], 0.7, controls=False)) == 1
