@@ -152,7 +152,7 @@ def _check(recipe: Recipe) -> None:
             raise TypeError(f"[{part}] has no {', '.join(unknown)}")
         for key in needed & set(values):
             kinds, low, high = values[key]
-            value = table[key]
+            value: Any = table[key]
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 what = "a whole number" if kinds == _WHOLE else "a number"
                 raise ValueError(f"[{part}] {key} is {what} from {low:g} to {high:g}, got {value!r}")
