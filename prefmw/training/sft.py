@@ -152,8 +152,8 @@ def _check(recipe: Recipe) -> None:
             raise TypeError(f"[{part}] has no {', '.join(unknown)}")
         for key in needed & set(values):
             kinds, low, high = values[key]
-            value: Any = table[key]
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+            value = table[key]
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= table[key] <= high:
                 what = "a whole number" if kinds == _WHOLE else "a number"
                 raise ValueError(f"[{part}] {key} is {what} from {low:g} to {high:g}, got {value!r}")
     if recipe.corpus["short_chats"] + recipe.corpus["chats"] == 0:
