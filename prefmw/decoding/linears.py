@@ -52,6 +52,7 @@ class GatedLinears:
         self._adapters: dict[str, Adapter] = {}
         self._put_on: dict[str, tuple[Forward, Forward | None]] = {}  # our forwards, and those that they stand before
         self._device = next(model.parameters()).device
+        self._released = False
         self.under_way = _UnderWay()
         self._few = _few_rows(self._layers.values())
         self._put(self._layers if self._few else {})
@@ -100,8 +101,9 @@ class GatedLinears:
             instance = self._layers[name].__dict__
             if instance.get("forward") is ours:  # else somebody stands before ours, which goes on without adapters
                 del instance["forward"]
-                if before is not None:
-                    instance["forward"] = before
+                if (kept := _unreleased(name, before)) is not None:
+                    instance["forward"] = kept
+        self._released = True
 
     def _put(self, layers: Mapping[str, nn.Linear]) -> None:
         for name, layer in layers.items():
@@ -125,6 +127,14 @@ class GatedLinears:
                 added = nn.functional.linear(nn.functional.linear(x, down), up)
                 y = y + added * gate.to(y.device, y.dtype).view(-1, *[1] * (y.ndim - 1))
         return y
+
+
+def _unreleased(name: str, forward: Forward | None) -> Forward | None:
+    """``forward``, or what it stands before, where another engine put it on the layer and has let go of it since."""
+    owner = getattr(getattr(forward, "func", None), "__self__", None)
+    if isinstance(owner, GatedLinears) and owner._released:
+        return _unreleased(name, owner._put_on[name][1])
+    return forward
 
 
 def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

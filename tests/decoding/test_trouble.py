@@ -281,6 +281,17 @@ def test_two_engines_on_one_model_do_not_disturb_each_other(model, engine):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_engines_on_one_model_leave_nothing_in_whatever_order_they_close(model, monkeypatch, first):
+    monkeypatch.setattr("prefmw.decoding.linears._few_rows", lambda layers: frozenset({1, 2}))
+    engines = [Engine(model, capacity=256, vocabulary=VOCABULARY) for _ in range(2)]
+    assert reply(engines[0], PLAIN) == reply(engines[1], PLAIN)
+    engines[first].close()
+    assert reply(engines[1 - first], PLAIN)
+    engines[1 - first].close()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_forward_that_stood_there_before_is_kept(model):
     layer = model.lm_head
     calls = []
