@@ -101,7 +101,11 @@ def linear_alignment(
     steered = _prompts(principle_input_ids, principle_attention_mask)
     config = model.config.get_text_config()
     engine = Engine(
-        model, capacity=config.max_position_embeddings, vocabulary=config.vocab_size, queue_size=len(input_ids)
+        model,
+        capacity=config.max_position_embeddings,
+        vocabulary=config.vocab_size,
+        queue_size=len(input_ids),
+        pack=False,  # for a reply or two, copying the weights takes longer than it saves
     )
     try:
         if model not in _checked:

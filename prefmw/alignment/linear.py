@@ -75,6 +75,8 @@ def normalized(without: Tensor, with_principle: Tensor, step: Tensor | float, vo
     if not 1 <= columns <= z0.shape[1]:
         raise ValueError(f"vocabulary lies in 1..{z0.shape[1]}, the logits' columns, got {columns}")
     d = difference(z0, z1)
+    largest = d[:, :columns].abs().amax(dim=1, keepdim=True)
+    d = d / torch.where(largest > 0, largest, 1.0)  # first, since squares of small numbers are 0
     norm = d[:, :columns].norm(dim=1, keepdim=True)
-    unit = torch.where(norm > 0, d / norm.clamp_min(torch.finfo(torch.float32).tiny), torch.zeros_like(d))
+    unit = torch.where(norm > 0, d / norm, torch.zeros_like(d))
     return torch.where(z1.isneginf(), z1, z0 + length * unit)

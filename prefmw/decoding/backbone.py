@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefmw.decoding import attention
 from prefmw.decoding.graphs import StepGraphs
 from prefmw.decoding.linears import GatedLinears
 from prefmw.decoding.slots import SlotCache, States, masks
@@ -58,6 +59,7 @@ class Backbone:
     Args:
         model: a transformers causal language model, in evaluation mode, on its device.
         vocabulary: columns of the logits that are real tokens; padded ones behind them are cut off.
+        pack: whether weights may be copied, to be read more quickly.
 
     Attributes:
         windows: the kinds of its attention layers with their sliding windows, ``None`` for none.
@@ -70,7 +72,7 @@ class Backbone:
         ModelError: its attention or cache is of a kind that slots cannot hold.
     """
 
-    def __init__(self, model: Any, *, vocabulary: int) -> None:
+    def __init__(self, model: Any, *, vocabulary: int, pack: bool = True) -> None:
         self.model = model
         self.vocabulary = vocabulary
         self.device: torch.device = model.get_input_embeddings().weight.device
@@ -84,7 +86,8 @@ class Backbone:
             raise ModelError(f"{type(model).__name__} has no output embeddings to read logits from")
         self.width = int(head.weight.shape[1])
         self.read = int(model.get_input_embeddings().weight.shape[0])  # ids below it can be read
-        self.linears = GatedLinears(model)
+        self.linears = GatedLinears(model, pack=pack)
+        self._own_attention = attention.use_on(model, self.device)
         self.graphs = StepGraphs(self) if self.device.type == "cuda" else None
         self.cache = SlotCache(self._layers)
         self._hook = head.register_forward_pre_hook(self._before_head)
@@ -93,6 +96,9 @@ class Backbone:
         """Leave the model as it was."""
         self._hook.remove()
         self.linears.release()
+        if self._own_attention:
+            attention.give_back(self.model)
+            self._own_attention = False
         self.drop()
 
     def drop(self) -> None:
@@ -167,15 +173,19 @@ class Backbone:
         slots = [row.slot for row in rows]
         if self.graphs is not None and tokens.shape[1] == 1 and slots == list(range(len(rows))):
             return self.graphs.step(tokens, at, gates, scale, used)
-        self.cache.aim(slots, at.to(self.device), used)
+        reach = used
+        if self._own_attention and tokens.shape[1] == 1 and self.cache.positions <= 2 * used:
+            reach = self.cache.positions + 1  # all there is, so that keys lie side by side
+        self.cache.aim(slots, at.to(self.device), reach)
         last = (take - 1).clamp_min(0).to(self.device)
-        return self.call(tokens.to(self.device), at.to(self.device), used, last, gates, scale)
+        return self.call(tokens.to(self.device), at.to(self.device), used, reach, last, gates, scale)
 
     def call(
         self,
         tokens: Tensor,
         at: Tensor,
         used: int,
+        reach: int,
         last: Tensor,
         gates: Sequence[tuple[str, Tensor]],
         scale: Tensor | None,
@@ -186,6 +196,7 @@ class Backbone:
             tokens: (R, N), on the model's device, likewise all others.
             at: their positions, (R, N).
             used: positions in use of the longest row.
+            reach: positions that are looked at, as many or more.
             last: the place of each row's last real token, (R,).
             gates: adapters with their rows' gates, (R,) each.
             scale: the rows' head scales, (R, D).
@@ -193,10 +204,11 @@ class Backbone:
         Returns:
             Logits (R, V), float32.
         """
-        visible = masks(at, used, self._dtype, self.windows)
-        self._under_way.places, self._under_way.scale = last.unsqueeze(1), scale
-        self.linears.under_way.gates = gates
+        visible = masks(at, reach, self._dtype, self.windows)
         try:
+            self._under_way.places, self._under_way.scale = last.unsqueeze(1), scale
+            self.linears.under_way.on = attention.under_way.on = True
+            self.linears.under_way.gates = [(name, gate.unsqueeze(1)) for name, gate in gates]
             output = self.model(
                 input_ids=tokens,
                 attention_mask=visible if len(visible) > 1 else next(iter(visible.values())),
@@ -206,7 +218,9 @@ class Backbone:
             )
         finally:
             self._under_way.places = self._under_way.scale = None
+            self.linears.under_way.on = attention.under_way.on = False
             self.linears.under_way.gates = ()
+            self.linears.under_way.inner.clear()
         logits: Tensor = output.logits[:, -1, : self.vocabulary].float()
         return logits
 

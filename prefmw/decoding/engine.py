@@ -33,6 +33,7 @@ from prefmw.decoding.parking import Parking
 from prefmw.decoding.request import BASE, Request
 from prefmw.decoding.sampling import Bounds, draw
 from prefmw.decoding.selfcheck import self_check
+from prefmw.decoding.threads import dismiss_helpers
 from prefmw.errors import ContextLengthError, EngineClosedError, EngineError, EngineOverloadedError, UsageError
 
 MAX_ROWS = 64
@@ -62,6 +63,7 @@ class Engine:
         max_rows: views decoded at once.
         parked_bytes: memory for what conversations have read, between two turns.
         park_on_cpu: keep that in the computer's memory rather than the device's.
+        pack: on a CPU, copy weights into an order that is read more quickly, where memory is plentiful.
 
     Raises:
         ModelError: a model whose past cannot be kept in rows.
@@ -77,8 +79,10 @@ class Engine:
         max_rows: int = MAX_ROWS,
         parked_bytes: int = 1 << 30,
         park_on_cpu: bool = False,
+        pack: bool = True,
     ) -> None:
-        self._tables = {BASE: _Table(Backbone(model, vocabulary=vocabulary), capacity)}
+        self._pack = pack
+        self._tables = {BASE: _Table(Backbone(model, vocabulary=vocabulary, pack=pack), capacity)}
         self._max_rows = max_rows
         self._room = max_rows  # fewer after an out-of-memory, for a while
         self._steps = 0  # since then
@@ -93,6 +97,7 @@ class Engine:
         self._reading: deque[_Reply] = deque()  # with a prompt not yet read
         self._replying: list[_Reply] = []
         self._worker: threading.Thread | None = None
+        dismiss_helpers()  # of whoever loaded the model, who need not be the one to ask
 
     def add_backbone(self, name: str, model: Any, *, capacity: int, vocabulary: int) -> None:
         """Let views name a further model; one by that name that is there already stays.
@@ -102,7 +107,8 @@ class Engine:
         """
         with self._adding:
             if name not in self._tables:
-                table = _Table(Backbone(model, vocabulary=vocabulary), capacity)
+                table = _Table(Backbone(model, vocabulary=vocabulary, pack=self._pack), capacity)
+                dismiss_helpers()
                 self._tables = {**self._tables, name: table}  # the worker may be going through the old one
 
     def add_adapter(self, name: str, adapter: Adapter, *, backbone: str = BASE) -> None:
@@ -127,6 +133,7 @@ class Engine:
         """
         self._check(request)
         reply = _Reply(request, Generation(), self._parking.epoch)
+        dismiss_helpers()  # of this thread, beside the worker's
         with self._changed:
             self._begin()
             if len(self._waiting) >= self._queue_size:
@@ -193,6 +200,7 @@ class Engine:
             ModelError: they differ.
         """
         self_check(self._tables[BASE].backbone, capacity=self._tables[BASE].capacity)
+        dismiss_helpers()
 
     def forget(self, owner: str | None = None) -> None:
         """Drop what is kept for an owner's next request; everybody's where nobody is named."""
@@ -201,6 +209,10 @@ class Engine:
     def cache_bytes(self) -> int:
         """Bytes allocated for the rows' keys and values at the moment."""
         return sum(table.backbone.cache.bytes() for table in self._tables.values())
+
+    def packed_bytes(self) -> int:
+        """Bytes of packed copies of weights, which quick products on a CPU read."""
+        return sum(table.backbone.linears.packed_bytes() for table in self._tables.values())
 
     def close(self) -> None:
         """Shut down: requests in flight fail with EngineClosedError, the worker ends."""
@@ -232,6 +244,7 @@ class Engine:
     def _between_steps(self, errand: Callable[[], list[Tensor]]) -> list[Tensor]:
         """What ``errand`` returns, done by the worker."""
         future: Future[list[Tensor]] = Future()
+        dismiss_helpers()
         with self._changed:
             self._begin()
             self._errands.append((errand, future))
@@ -298,6 +311,7 @@ class Engine:
         with self._changed:
             self._leave()
             while not (self._replying or self._reading or self._waiting or self._errands or self._closed):
+                dismiss_helpers()
                 self._changed.wait()
             return not self._closed
 

@@ -67,7 +67,7 @@ class StaticStep:
     def run(self) -> Tensor:
         """Logits of all rows, (rows, V)."""
         self._backbone.cache.aim(range(len(self._tokens)), self._at, self._used)
-        return self._backbone.call(self._tokens, self._at, self._used, self._last, self._gates, self._scale)
+        return self._backbone.call(self._tokens, self._at, self._used, self._used, self._last, self._gates, self._scale)
 
 
 class StepGraphs:

@@ -16,6 +16,10 @@ LIKELY = 256
 """Tokens by rank that are looked at first: few a nucleus holds more."""
 
 
+STEPS, DEEPEST = 64, 104
+"""Steps of a nat in which logits are counted, and the nats below the likeliest at which float32's exp is 0."""
+
+
 class Bounds(NamedTuple):
     """The sampling of B requests, (B,) each; a ``top_k`` of 0 stands for no bound."""
 
@@ -36,9 +40,11 @@ class Bounds(NamedTuple):
 def draw(combined: Combined, bounds: Bounds, uniforms: Tensor) -> list[int]:
     """The next token of each of B requests.
 
-    The candidates are ranked by the rule, and from there on the work is the CPU's, whatever the logits' device: the
-    same seed gives the same reply everywhere. The token is the first whose running probability under the aligned logits
-    exceeds the request's number, or the likeliest where the temperature is 0. Nothing depends on the other rows.
+    Where the first :data:`LIKELY` tokens by the rule's rank hold all candidates, they are put in that order; where they
+    do not, candidates stay in the order of their ids, since ranking a vocabulary takes longer than a small model's
+    forward. From there on the work is the CPU's, whatever the logits' device: the same seed gives the same reply
+    everywhere. The token is the first whose running probability under the aligned logits exceeds the request's number,
+    or the likeliest where the temperature is 0. Nothing depends on the other rows.
 
     Args:
         combined: aligned and rule logits, each (B, V).
@@ -48,35 +54,71 @@ def draw(combined: Combined, bounds: Bounds, uniforms: Tensor) -> list[int]:
     Raises:
         EngineError: a combiner gave NaN or +inf, or excluded everything.
     """
-    tokens, whole = _among(LIKELY, combined, bounds, uniforms)
-    if not bool(whole.all()):
-        rest = (~whole).nonzero().squeeze(1)
-        on = rest.to(combined.rule.device)
-        part = Combined(combined.logits[on], combined.rule[on])
-        those = Bounds(*(bound[rest] for bound in bounds))
-        tokens[rest] = _among(combined.rule.shape[1], part, those, uniforms[rest])[0]
+    order, rule, aligned, keep, whole = _likely(combined, bounds)
+    places = _pick(rule, aligned, keep, bounds.temperature, uniforms)
+    tokens = order.gather(1, places.unsqueeze(1)).squeeze(1)
+    for row in (~whole).nonzero().flatten().tolist():
+        wide = combined.rule[row].cpu()
+        keep = _candidates(wide, *(bound[row] for bound in bounds))
+        one = slice(row, row + 1)
+        logits = combined.logits[one].cpu()
+        tokens[one] = _pick(wide[None], logits, keep[None], bounds.temperature[one], uniforms[one])
     drawn: list[int] = tokens.tolist()
     return drawn
 
 
-def _among(count: int, combined: Combined, bounds: Bounds, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens drawn from the rule's first ``count`` by rank, (B,), and whether those hold all candidates of a row."""
+def _likely(combined: Combined, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The rule's first tokens by rank: their ids, rule and aligned logits, and which are candidates, (B, C) each; and
+    whether those are all candidates of a row, (B,).
+    """
     temperature, top_p, top_k = bounds
     device = combined.rule.device
-    order, keep, alone = ranked_nucleus(combined.rule, top_p.to(device), temperature.to(device), among=count)  # (B, C)
+    order, keep, alone = ranked_nucleus(combined.rule, top_p.to(device), temperature.to(device), among=LIKELY)
     rule, aligned = combined.rule.gather(1, order).cpu(), combined.logits.gather(1, order).cpu()
     order, keep, alone = order.cpu(), keep.cpu(), alone.cpu()
-    ranks = torch.arange(order.shape[1])
-    keep &= (top_k == 0).unsqueeze(1) | (ranks < top_k.unsqueeze(1))
-    bounded = aligned.masked_fill(~keep, -torch.inf)
-    fallen = bounded.isneginf().all(dim=1, keepdim=True)  # underflow: the rule's own distribution
-    bounded = torch.where(fallen, rule.masked_fill(~keep, -torch.inf), bounded)
-    heat = torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
-    running = (bounded / heat).softmax(dim=1, dtype=torch.float64).cumsum(dim=1)
-    drawn = (running <= uniforms.unsqueeze(1) * running[:, -1:]).sum(dim=1)
-    last = (keep & ~bounded.isneginf()).int().mul(ranks + 1).amax(dim=1) - 1
-    place = torch.where(temperature == 0, bounded.argmax(dim=1), torch.minimum(drawn, last))
-    broken = (bounded.isnan() | bounded.isposinf() | rule.isnan() | rule.isposinf()).any(dim=1)
-    if bool((broken | bounded.isneginf().all(dim=1)).any()):
+    keep &= (top_k == 0).unsqueeze(1) | (torch.arange(order.shape[1]) < top_k.unsqueeze(1))
+    return order, rule, aligned, keep, keep.sum(dim=1) <= alone
+
+
+def _candidates(rule: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """Which of all V tokens are candidates, as :func:`ranked_nucleus` has it, of logits (V,): ranked are only those in
+    the :data:`STEPS`-th of a nat in which the nucleus ends; the mass above it is summed.
+    """
+    heated = rule if temperature == 0 else rule / temperature
+    mass = (heated - heated.logsumexp(0)).exp()
+    keep = mass > 0
+    if top_p < 1:
+        below = ((heated.max() - heated) * STEPS).clamp_(max=DEEPEST * STEPS).int()
+        above = torch.bincount(below, mass.double()).cumsum(0)
+        end = min(int((above < top_p).sum()), len(above) - 1)
+        there = (below == end).nonzero().squeeze(1)
+        there = there[heated[there].sort(descending=True, stable=True).indices]
+        within = mass[there].double()
+        before = within.cumsum(0) - within + (above[end - 1] if end else 0.0)
+        keep &= below < end
+        keep[there] = (before < top_p) & (within > 0)
+    if 0 < top_k < keep.sum():
+        first = torch.zeros_like(keep)
+        first[heated.sort(descending=True, stable=True).indices[:top_k]] = True
+        keep &= first
+    return keep
+
+
+def _pick(rule: Tensor, aligned: Tensor, keep: Tensor, temperature: Tensor, uniforms: Tensor) -> Tensor:
+    """The place of one candidate of each row, (B,), by the aligned logits in the order in which they stand, (B, C)."""
+    bounded = torch.where(keep, aligned, -torch.inf)
+    most = bounded.amax(dim=1)  # NaN, where there is one
+    if bool(most.isneginf().any()):  # underflow: the rule's own distribution
+        bounded = torch.where(most.isneginf().unsqueeze(1) & keep, rule, bounded)
+        most = bounded.amax(dim=1)
+    if not bool((most.isfinite() & (rule.amax(dim=1) < torch.inf)).all()):
         raise EngineError("the combined logits hold NaN or infinity, or exclude every token")
-    return order.gather(1, place.unsqueeze(1)).squeeze(1), keep.sum(dim=1) <= alone
+    heat = torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
+    running = ((bounded - most.unsqueeze(1)) / heat).exp().cumsum(dim=1, dtype=torch.float64)
+    places = torch.searchsorted(running, uniforms.unsqueeze(1) * running[:, -1:], right=True).squeeze(1)
+    if bool((places == running.shape[1]).any()):  # rounding: the last one that is possible
+        last = torch.where(bounded.isneginf(), -1, torch.arange(running.shape[1])).amax(dim=1)
+        places = torch.minimum(places, last)
+    if bool((temperature == 0).any()):
+        places = torch.where(temperature == 0, bounded.argmax(dim=1), places)
+    return places

@@ -22,7 +22,7 @@ ROWS, GROWTH = 2, 128
 
 
 States = list[tuple[Tensor, Tensor]]
-"""By layer, keys and values of one row, (length, H, D) each."""
+"""By layer, keys and values of one row, (H, length, D) each."""
 
 
 class SlotCache(Cache):  # type: ignore[misc]
@@ -92,18 +92,18 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             if layer.is_initialized:
                 for states in (layer.keys, layer.values):
-                    kept = states[one, :length].clone()
-                    states[one, :length] = states[other, :length]
-                    states[other, :length] = kept
+                    kept = states[one, :, :length].clone()
+                    states[one, :, :length] = states[other, :, :length]
+                    states[other, :, :length] = kept
 
     @torch.inference_mode()
     def take(self, row: int, length: int, *, on_cpu: bool = False) -> States:
         """Copies of the first ``length`` positions of a row that has read as many, by layer: keys and values
-        (length, H, D) each.
+        (H, length, D) each.
         """
 
         def copy(states: Tensor) -> Tensor:
-            kept = states[row, :length]
+            kept = states[row, :, :length]
             return kept.to("cpu", copy=True) if on_cpu else kept.clone()
 
         return [(copy(layer.keys), copy(layer.values)) for layer in self.layers]
@@ -112,8 +112,9 @@ class SlotCache(Cache):  # type: ignore[misc]
     def put(self, row: int, kept: States, length: int) -> None:
         """Lay the first ``length`` positions of what :meth:`take` gave into a row."""
         for layer, (keys, values) in zip(self.layers, kept, strict=True):
-            layer.keys[row, :length] = keys[:length]
-            layer.values[row, :length] = values[:length]
+            layer.lazy_initialization(layer.keys, layer.values)  # where all was dropped since
+            layer.keys[row, :, :length] = keys[:, :length]
+            layer.values[row, :, :length] = values[:, :length]
 
     def bytes(self) -> int:
         """Bytes allocated."""
@@ -126,7 +127,10 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values, (rows, positions + 1, H, D) each; the last position takes what padding writes."""
+    """One layer's keys and values, (rows, H, positions + 1, D) each; the last position takes what padding writes.
+
+    A head's positions follow one another, so attention reads them in one run.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -136,32 +140,29 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self._cache = cache
 
-    def initialize(self, keys: Tensor, values: Tensor) -> None:
-        """Allocate, to fit keys and values (..., H, D). Zeros, since what a mask hides must still be finite."""
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate, to fit states (R, H, N, D). Zeros, since what a mask hides must still be finite."""
         if not self.is_initialized:
-            shape = (self._cache.rows, self._cache.positions + 1)
-            self.keys = keys.new_zeros(*shape, *keys.shape[-2:])
-            self.values = values.new_zeros(*shape, *values.shape[-2:])
+            rows, positions = self._cache.rows, self._cache.positions + 1
+            self.keys = key_states.new_zeros(rows, key_states.shape[1], positions, key_states.shape[3])
+            self.values = value_states.new_zeros(rows, value_states.shape[1], positions, value_states.shape[3])
             self.is_initialized = True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """As transformers asks for it: to fit states (R, H, N, D)."""
-        self.initialize(key_states.transpose(1, 2), value_states.transpose(1, 2))
-
     def free(self) -> None:
-        """Let go of the memory."""
-        self.keys = self.values = None  # type: ignore[assignment]
-        self.is_initialized = False
+        """Let go of the memory; what is left are shapes."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[:0].clone(), self.values[:0].clone()
+            self.is_initialized = False
 
     def grow(self, rows: int, positions: int) -> None:
         """Allocate anew and copy, where that is more than there is."""
         if self.is_initialized:
             for name in ("keys", "values"):
                 old: Tensor = getattr(self, name)
-                wanted = max(rows, old.shape[0]), max(positions + 1, old.shape[1])
-                if wanted != tuple(old.shape[:2]):
-                    new = old.new_zeros(*wanted, *old.shape[2:])
-                    new[: old.shape[0], : old.shape[1] - 1] = old[:, :-1]
+                wanted = max(rows, old.shape[0]), max(positions + 1, old.shape[2])
+                if wanted != (old.shape[0], old.shape[2]):
+                    new = old.new_zeros(wanted[0], old.shape[1], wanted[1], old.shape[3])
+                    new[: old.shape[0], :, : old.shape[2] - 1] = old[:, :, :-1]
                     setattr(self, name, new)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -172,14 +173,14 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if isinstance(rows, slice):
             keys, values = self.keys[rows], self.values[rows]
             where = (torch.arange(at.shape[0], device=at.device).unsqueeze(1), at)
-            keys.index_put_(where, key_states.transpose(1, 2))
-            values.index_put_(where, value_states.transpose(1, 2))
-        else:
-            rows = rows.to(self.keys.device)
-            self.keys.index_put_((rows.unsqueeze(1), at), key_states.transpose(1, 2))
-            self.values.index_put_((rows.unsqueeze(1), at), value_states.transpose(1, 2))
-            keys, values = self.keys[rows, :used], self.values[rows, :used]
-        return keys[:, :used].transpose(1, 2), values[:, :used].transpose(1, 2)
+            keys.transpose(1, 2).index_put_(where, key_states.transpose(1, 2))
+            values.transpose(1, 2).index_put_(where, value_states.transpose(1, 2))
+            return keys[:, :, :used], values[:, :, :used]
+        rows = rows.to(self.keys.device)
+        where = (rows.unsqueeze(1), at)
+        self.keys.transpose(1, 2).index_put_(where, key_states.transpose(1, 2))
+        self.values.transpose(1, 2).index_put_(where, value_states.transpose(1, 2))
+        return self.keys[rows, :, :used], self.values[rows, :, :used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Positions in use, and the first of them."""

@@ -7,7 +7,8 @@ Ways of decoding one reply, all sampled with the same temperature and nucleus:
 - ``two-forward``: Linear Alignment as its authors' released code does it, two forwards a token, one after the other.
 - ``cfg``: transformers' classifier-free guidance (``guidance_scale``), the same contrast in another form.
 
-Several users are requests submitted together (ours), or a left-padded batch (theirs).
+Several users are requests submitted together (ours), or a batch (theirs). What the engine does to a model's products
+and attention acts in its own forwards alone, so the other ways compute what transformers does as it comes.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ COMMON = {"vocab_size": 32000, "max_position_embeddings": 8192, "tie_word_embedd
 TEMPERATURE, TOP_P, RATIO, BETA, RANK = 0.7, 0.8, 2.0, 1.0, 8
 """The sampling of every way, and the parameters of ours."""
 
+PEAK = 8.0
+"""By which the last hidden state of random weights is scaled: their logits then vary by four, like a trained model's,
+and a nucleus holds tens of tokens rather than most of the vocabulary.
+"""
+
 PRINCIPLE = 40
 """Tokens by which the context with the principle is the longer one."""
 
@@ -95,9 +101,11 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> Any:
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return LlamaForCausalLM(config).eval()
+            model = LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
+    model.model.norm.weight.data.fill_(PEAK)
+    return model
 
 
 def measure(
@@ -141,6 +149,7 @@ def measure(
                 way.tokens_per_s.append(rate)
                 progress()
         parked = {name: [bench.parked(name) for _ in range(rounds)] for name in names}
+        packed = round(bench.engine.packed_bytes() / 2**20, 1)
         memory = {name: _memory_mb(model, name, users=users, context=context, tokens=tokens) for name in names}
     finally:
         bench.engine.close()
@@ -169,30 +178,33 @@ def measure(
             row["parked_ttft_ms"] = _median(warm)
             row |= _ratio("parked_to_cold", warm, cold)
             row["memory_mb"] = memory[name]
+            row["packed_mb"] = packed
         rows.append(row)
     return rows
 
 
 def one_by_one(model: Any, *, users: int, context: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of users with Linear Alignment together, over those of the same users one after another."""
+    """Tokens a second of users with Linear Alignment together, over those of the same users one after another: while
+    they reply, their contexts being parked, and from their prompts on.
+    """
     bench = _Bench(model, users=users, context=context, tokens=tokens)
-    together, apart = [], []
+    kinds = [(kept, together) for kept in (True, False) for together in (True, False)]
+    seconds: dict[tuple[bool, bool], list[float]] = {kind: [] for kind in kinds}
     try:
-        bench.engine_reply("linear")
+        bench.whole_seconds(kept=True, together=True)  # warms up, and parks the contexts
         for _ in range(rounds):
-            together.append(bench.whole_seconds(together=True))
-            apart.append(bench.whole_seconds(together=False))
+            for kept, together in kinds:
+                seconds[kept, together].append(bench.whole_seconds(kept=kept, together=together))
     finally:
         bench.engine.close()
-    row = {"method": "linear", "users": users, "context": context, "dtype": str(model.dtype).removeprefix("torch.")}
     count = users * tokens
-    return {
-        **row,
-        "rounds": rounds,
-        "tokens_per_s": _median([count / seconds for seconds in together]),
-        "tokens_per_s_one_by_one": _median([count / seconds for seconds in apart]),
-        **_ratio("together_to_one_by_one", apart, together),
-    }
+    found: dict[str, Any] = {}
+    for kept, prefix in ((True, "decode_"), (False, "")):
+        all_at_once, in_turn = seconds[kept, True], seconds[kept, False]
+        found[f"{prefix}tokens_per_s_together"] = _median([count / one for one in all_at_once])
+        found[f"{prefix}tokens_per_s_one_by_one"] = _median([count / one for one in in_turn])
+        found |= _ratio(f"{prefix}together_to_one_by_one", in_turn, all_at_once)
+    return found
 
 
 class _Bench:
@@ -210,7 +222,7 @@ class _Bench:
 
         self._without, self._with = texts(context), texts(context + PRINCIPLE)
         capacity = model.config.get_text_config().max_position_embeddings
-        self.engine = Engine(model, capacity=capacity, vocabulary=vocabulary)
+        self.engine = Engine(model, capacity=capacity, vocabulary=vocabulary, parked_bytes=1 << 40)
         self._scale = torch.linspace(0.9, 1.1, model.config.get_text_config().hidden_size, device=self._device)
         self.engine.add_adapter("persrm", self._random_adapter())
 
@@ -247,9 +259,12 @@ class _Bench:
         ended = max(generation.ended_at or started for generation in generations)
         return _figures(started, max(firsts), ended, self._tokens, len(generations))
 
-    def whole_seconds(self, *, together: bool) -> float:
-        """Seconds for a Linear Alignment reply to every user."""
-        requests = [self._request("linear", user) for user in range(len(self._without))]
+    def whole_seconds(self, *, together: bool, kept: bool) -> float:
+        """Seconds for a Linear Alignment reply to every user, whose contexts are ``kept`` from one time to the next or
+        read anew.
+        """
+        users = range(len(self._without))
+        requests = [self._request("linear", user, owner=f"user {user}" if kept else None) for user in users]
         started = time.perf_counter()
         if together:
             for generation in [self.engine.submit(request) for request in requests]:
@@ -334,7 +349,9 @@ class _Bench:
 
 
 def _memory_mb(model: Any, name: str, **shape: int) -> float:
-    """What replies take beside the weights, in an engine of their own: on a GPU at most, elsewhere in its slots."""
+    """What replies take, in an engine of their own, beside the weights and packed copies of them: on a GPU at most,
+    elsewhere in its slots.
+    """
     on_gpu = model.get_input_embeddings().weight.device.type == "cuda"
     gc.collect()
     if on_gpu:

@@ -25,9 +25,10 @@ def logs(*probabilities):
 def slow_nucleus(row, top_p, temperature):
     """Straight from the definition, one token at a time."""
     temperature = temperature or 1.0
-    p = torch.softmax(torch.tensor(row) / temperature, 0).tolist()
+    heated = torch.tensor(row) / temperature
+    p = torch.softmax(heated, 0).tolist()
     keep, mass = set(), 0.0
-    for index in sorted(range(len(p)), key=lambda i: (-p[i], i)):
+    for index in sorted(range(len(p)), key=lambda i: (-heated[i].item(), i)):
         if keep and mass >= top_p:
             break
         keep.add(index)

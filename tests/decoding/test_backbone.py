@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefmw.decoding.backbone import Backbone, Row
 from prefmw.decoding.graphs import StepGraphs
-from prefmw.decoding.linears import Adapter, few_rows_product
+from prefmw.decoding.linears import Adapter
 from prefmw.decoding.selfcheck import self_check
 from prefmw.errors import ModelError
 from tests.decoding.families import FAMILIES, VOCABULARY, family
@@ -65,7 +65,7 @@ def test_the_one_token_step_on_fixed_shapes_gives_what_free_shapes_give(name):
         torch.testing.assert_close(free, fixed_logits, atol=1e-4, rtol=1e-4)
 
 
-def lora(model, rank: int = 3, seed: int = 0) -> Adapter:
+def lora(model, rank: int = 3, seed: int = 0, layers=("q_proj", "down_proj")) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     return Adapter(
         {
@@ -74,7 +74,7 @@ def lora(model, rank: int = 3, seed: int = 0) -> Adapter:
                 torch.randn(module.out_features, rank, generator=generator) * 0.3,
             )
             for name, module in model.named_modules()
-            if name.endswith(("q_proj", "down_proj"))
+            if name.endswith(layers)
         }
     )
 
@@ -149,12 +149,3 @@ def test_models_whose_past_is_no_keys_and_values_are_refused_by_name(kind):
     model._is_stateful = kind == "mamba"
     with pytest.raises(ModelError, match="choose a"):
         Backbone(model, vocabulary=4)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_products_of_few_rows_are_the_same_either_way_round(rows):
-    x, layer = torch.randn(rows, 1, 32), torch.nn.Linear(32, 48)
-    turned = few_rows_product(x, layer.weight, layer.bias)
-    torch.testing.assert_close(turned, layer(x))
-    assert turned.shape == (rows, 1, 48)
-    assert turned.is_contiguous()
