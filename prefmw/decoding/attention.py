@@ -50,17 +50,15 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What queries (R, H, N, D) see of keys and values (R, H, T, D), a mask (R, 1, N, T) added: (R, N, H, D)."""
+    more = {"scaling": scaling, "position_bias": position_bias, "softcap": softcap, **kwargs}
     usual = position_bias is None and softcap is None
     if attention_mask is None or not (under_way.on and usual and query.shape[2] == 1):
-        more = {"scaling": scaling, "position_bias": position_bias, "softcap": softcap, **kwargs}
         whole: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **more)[0]
         return whole, None
     if not (key.is_contiguous() and value.is_contiguous()):
         twice = torch.cat([query, query], dim=2)
-        attended: Tensor = sdpa_attention_forward(module, twice, key, value, attention_mask, scaling=scaling, **kwargs)[
-            0
-        ]
-        return attended[:, :1], None
+        both: Tensor = sdpa_attention_forward(module, twice, key, value, attention_mask, **more)[0]
+        return both[:, :1], None
     scores = torch.matmul(query, key.transpose(2, 3)).float()  # (R, H, 1, T)
     scores = scores.mul_(query.shape[3] ** -0.5 if scaling is None else scaling).add_(attention_mask)
     return torch.matmul(scores.softmax(3).to(value.dtype), value).transpose(1, 2).contiguous(), None
