@@ -207,8 +207,8 @@ class Backbone:
         visible = masks(at, reach, self._dtype, self.windows)
         try:
             self._under_way.places, self._under_way.scale = last.unsqueeze(1), scale
-            self.linears.under_way.on = attention.under_way.on = True
-            self.linears.under_way.gates = [(name, gate.unsqueeze(1)) for name, gate in gates]
+            self.linears.begin(gates)
+            attention.under_way.on = True
             output = self.model(
                 input_ids=tokens,
                 attention_mask=visible if len(visible) > 1 else next(iter(visible.values())),
@@ -218,9 +218,8 @@ class Backbone:
             )
         finally:
             self._under_way.places = self._under_way.scale = None
-            self.linears.under_way.on = attention.under_way.on = False
-            self.linears.under_way.gates = ()
-            self.linears.under_way.inner.clear()
+            attention.under_way.on = False
+            self.linears.end()
         logits: Tensor = output.logits[:, -1, : self.vocabulary].float()
         return logits
 

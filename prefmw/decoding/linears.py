@@ -59,17 +59,28 @@ class _Matrices(NamedTuple):
 
 
 class _Inner(NamedTuple):
-    """x ``down``, gated and split by layer, for the input that was read last."""
+    """x ``down`` of the rows that are read with an adapter, split by layer, for the input that was read last."""
 
     x: Tensor
     down: Tensor
-    gated: tuple[Tensor, ...]
+    parts: tuple[Tensor, ...]
+
+
+class _InUse(NamedTuple):
+    """An adapter in a forward: of ``among`` rows R those that are read with it. On a device where shapes are recorded
+    ``rows`` are all of them, and ``gate`` (R, 1, 1) is 0 for those that are not.
+    """
+
+    adapter: str
+    among: int
+    rows: slice | Tensor
+    gate: Tensor | None
 
 
 class _UnderWay(threading.local):
     def __init__(self) -> None:
         self.on = False
-        self.gates: Sequence[tuple[str, Tensor]] = ()
+        self.adapters: Sequence[_InUse] = ()
         self.inner: dict[str, _Inner] = {}
 
 
@@ -81,8 +92,8 @@ class Adapter:
 
 
 class GatedLinears:
-    """The linear layers of one model; ``under_way`` says whether this thread's forward is the engine's, and holds its
-    adapters with their gates, (R, 1) each.
+    """The linear layers of one model; ``under_way`` says whether this thread's forward is the engine's, and with which
+    adapters.
 
     Where ``pack`` allows copies, weights are taken as they are when this is built: they do not follow a training.
 
@@ -142,6 +153,16 @@ class GatedLinears:
             self.check(name)
         return [(name, torch.tensor([float(row == name) for row in rows], device=self._device)) for name in names]
 
+    def begin(self, gates: Sequence[tuple[str, Tensor]]) -> None:
+        """From here on to :meth:`end` this thread's forward is the engine's, with these adapters."""
+        self.under_way.adapters = [_in_use(name, gate) for name, gate in gates]
+        self.under_way.on = True
+
+    def end(self) -> None:
+        """Undo :meth:`begin`."""
+        self.under_way.on, self.under_way.adapters = False, ()
+        self.under_way.inner.clear()
+
     def packed_bytes(self) -> int:
         """Bytes of packed copies, of which all engines on a model share one."""
         weights = [self._layers[name].weight for name in self._packed]
@@ -176,34 +197,44 @@ class GatedLinears:
         rows = x.numel() // x.shape[-1]
         way = self._ways[rows] if rows < len(self._ways) and name in self._quick else "plain"
         if foreign is not None:  # one that moves weights between devices, say
-            y = foreign(x).clone() if self.under_way.gates else foreign(x)
+            y = foreign(x).clone() if self.under_way.adapters else foreign(x)
         elif way == "packed":
             y = packed_product(x, self._packed[name], layer.bias)
         elif way == "turned":
             y = turned_product(x, layer.weight, layer.bias)
         else:
             y = nn.functional.linear(x, layer.weight, layer.bias)
-        for adapter, gate in self.under_way.gates:
-            matrices = self._adapters[adapter].get(name)
+        for used in self.under_way.adapters:
+            matrices = self._adapters[used.adapter].get(name)
             if matrices is not None:
-                y = self._with_lora(y, x, adapter, matrices, gate)
+                self._add_lora(y, x, used, matrices)
         return y
 
-    def _with_lora(self, y: Tensor, x: Tensor, adapter: str, matrices: _Matrices, gate: Tensor) -> Tensor:
-        """y + gate * B (A x) for x (R, N, in), in place."""
-        inner = self.under_way.inner.get(adapter)
+    def _add_lora(self, y: Tensor, x: Tensor, used: _InUse, matrices: _Matrices) -> None:
+        """y += B (A x) in the rows that are read with it, for x (R, N, in)."""
+        inner = self.under_way.inner.get(used.adapter)
         if inner is None or inner.x is not x or inner.down is not matrices.down:
-            product = torch.mm(x.reshape(-1, x.shape[-1]).to(matrices.down.dtype), matrices.down)
-            each = product.shape[0] // gate.shape[0]
-            gate = gate if each == 1 else gate.repeat_interleave(each, dim=0)
-            gated = torch.split(product.mul_(gate.to(product.device)), matrices.ranks, dim=1)
-            inner = self.under_way.inner[adapter] = _Inner(x, matrices.down, gated)
-        flat, part = y.view(-1, y.shape[-1]), inner.gated[matrices.place]
-        if y.dtype == matrices.up.dtype:
-            flat.addmm_(part, matrices.up)
+            read = x.reshape(used.among, -1, x.shape[-1])[used.rows].to(matrices.down.dtype)
+            parts = torch.split(torch.matmul(read, matrices.down), matrices.ranks, dim=-1)
+            inner = self.under_way.inner[used.adapter] = _Inner(x, matrices.down, parts)
+        added = torch.matmul(inner.parts[matrices.place], matrices.up)
+        if used.gate is not None:
+            added.mul_(used.gate.to(added.device))
+        rows = y.view(used.among, -1, y.shape[-1])
+        if isinstance(used.rows, slice):
+            rows[used.rows].add_(added)
         else:
-            flat.add_(torch.mm(part, matrices.up).to(y.dtype))
-        return y
+            rows.index_add_(0, used.rows.to(y.device), added.to(y.dtype))
+
+
+def _in_use(name: str, gate: Tensor) -> _InUse:
+    if gate.device.type != "cpu":
+        return _InUse(name, len(gate), slice(None), gate.view(-1, 1, 1))
+    rows = gate.nonzero().flatten().tolist()
+    step = rows[1] - rows[0] if len(rows) > 1 else 1
+    follow = slice(rows[0], rows[-1] + 1, step)  # a view of evenly spaced rows costs no copy
+    even = list(range(len(gate))[follow]) == rows
+    return _InUse(name, len(gate), follow if even else torch.tensor(rows), None)
 
 
 def _side_by_side(adapter: Adapter, layers: Mapping[str, nn.Linear]) -> dict[str, _Matrices]:

@@ -164,32 +164,38 @@ class Inferer:
         said = units(check_persona(text))
         values = self._readout.values([unit.text for unit in said])
         least = self._readout.threshold if threshold is None else threshold
-        weights: dict[str, Inferred] = {}
-        conflicts: dict[str, tuple[Inferred, Inferred]] = {}
+        decided: dict[str, list[tuple[str, float]]] = {}  # by dimension a clause, or two that contradict each other
         for dimension, sides in zip(self._readout.dimensions, values.T, strict=True):
             if dimension not in self.dimensions or not len(sides) or np.abs(sides).max() < least:
                 continue
             atoms = [row for row, unit in enumerate(said) if unit.is_atom and abs(sides[row]) >= least]
             for_, against = (max(atoms, key=lambda row: sign * sides[row], default=None) for sign in (1, -1))
             if for_ is not None and against is not None and sides[for_] > 0 > sides[against]:
-                conflicts[dimension] = (
-                    self._inferred(dimension, said[for_].text, sides[for_]),
-                    self._inferred(dimension, said[against].text, sides[against]),
-                )
+                rows = [for_, against]
             else:
                 # A clause is clearer than the sentence it stands in, where it says something by itself.
-                best = max(atoms or range(len(said)), key=lambda row: abs(sides[row]))
-                weights[dimension] = self._inferred(dimension, said[best].text, sides[best])
+                rows = [max(atoms or range(len(said)), key=lambda row: abs(sides[row]))]
+            decided[dimension] = [(said[row].text, float(sides[row])) for row in rows]
+        clauses = list({clause: None for pair in decided.values() for clause, _ in pair})
+        vectors = dict(zip(clauses, self._embed(clauses), strict=True)) if clauses else {}
+        weights: dict[str, Inferred] = {}
+        conflicts: dict[str, tuple[Inferred, Inferred]] = {}
+        for dimension, pair in decided.items():
+            found = [self._inferred(dimension, clause, value, vectors[clause]) for clause, value in pair]
+            if len(found) == 2:
+                conflicts[dimension] = (found[0], found[1])
+            else:
+                weights[dimension] = found[0]
         return Inference(weights, conflicts)
 
-    def _inferred(self, dimension: str, clause: str, value: float) -> Inferred:
+    def _inferred(self, dimension: str, clause: str, value: float, vector: NDArray[np.float32]) -> Inferred:
         side = 1 if value > 0 else -1
         anchors = self._readout.anchors
         rows = [row for row, anchor in enumerate(anchors) if (anchor.dimension, anchor.side) == (dimension, side)]
-        similarities: NDArray[np.float32] = self._readout.vectors[rows] @ self._embed([clause])[0]
+        similarities: NDArray[np.float32] = self._readout.vectors[rows] @ vector
         nearest = sorted(zip(similarities.tolist(), rows, strict=True), reverse=True)[:SHOWN]
         because = tuple(
             Evidence(anchors[row].text, round(likeness, 3), anchors[row].pole(self._dimensions), clause)
             for likeness, row in nearest
         )
-        return Inferred(round(float(value), 3), clause, because)
+        return Inferred(round(value, 3), clause, because)
