@@ -63,9 +63,9 @@ def decode(
                     rounds=rounds,
                     progress=lambda: bar.advance(task),
                 )
-                if count > 1 and "linear" in names:
-                    together = one_by_one(module, users=count, context=length, tokens=tokens, rounds=rounds)
-                    next(row for row in reversed(rows) if row["method"] == "linear").update(together)
+                for name in dict.fromkeys(names) if count > 1 else ():
+                    together = one_by_one(module, name, users=count, context=length, tokens=tokens, rounds=rounds)
+                    next(row for row in reversed(rows) if row["method"] == name).update(together)
             del module
     _against_fastest_plain(rows)
     settings = {

@@ -52,11 +52,10 @@ def steer(
     json: JsonOption = False,
 ) -> None:
     """Compare methods and controls: how often the style asked for is followed, and what it costs."""
-    from prefmw.bootstrap import load_backend
+    from prefmw.bootstrap import load_backend, load_dimensions
     from prefmw.evaluation.plots import plot_strengths
     from prefmw.evaluation.second_opinion import SecondOpinion
     from prefmw.evaluation.steer import MAX_TOKENS, TOP_P, conditions, steer_rows
-    from prefmw.preferences import default_dimensions
     from prefmw.settings import load_settings
     from prefmw.training.styles import AXES
 
@@ -87,7 +86,7 @@ def steer(
             rows,
             n,
             backend,
-            default_dimensions(),
+            load_dimensions(settings),
             seed=seed,
             further=further,
             judge=judge,
@@ -168,11 +167,10 @@ def turn_dials(
     json: JsonOption = False,
 ) -> None:
     """Turn each of Drift's dials from -1 to 1, then three at once beside one composed principle."""
-    from prefmw.bootstrap import load_backend
+    from prefmw.bootstrap import load_backend, load_dimensions
     from prefmw.evaluation.dials import WEIGHTS, Trial, chord_rows, dial_rows
     from prefmw.evaluation.plots import plot_dials
     from prefmw.evaluation.steer import MAX_TOKENS, TOP_P, conditions
-    from prefmw.preferences import default_dimensions
     from prefmw.settings import load_settings
     from prefmw.training.styles import AXES
 
@@ -193,7 +191,7 @@ def turn_dials(
         def advance(count: int) -> None:
             bar.advance(task, count)
 
-        trial = Trial(split, n, backend, default_dimensions(), seed, advance)  # type: ignore[arg-type]
+        trial = Trial(split, n, backend, load_dimensions(settings), seed, advance)  # type: ignore[arg-type]
         dials, chords = dial_rows(trial, gains), chord_rows(trial, beside)
     if plot is not None:
         plot_dials(dials, plot)
@@ -253,7 +251,7 @@ def score(
 
     if not zero_shot:
         raise UsageError("this version scores with --zero-shot alone")
-    texts, dimensions = read_texts(file, "prompt", "response"), registry()
+    texts, dimensions = read_texts(file, "prompt", "response"), registry(model)
     settings = load_settings({"model": model})
     with loading(settings.model):
         backend = load_backend(settings)

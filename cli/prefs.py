@@ -150,6 +150,59 @@ def fit_readout(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The chat model; by default the settings'.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=8, help="Questions asked in every setting.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="Write it here instead of where it takes effect.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Find a chat model's words and gain for every pole, so that half a weight means the same on all models."""
+    from prefmw.bootstrap import calibration_file, load_backend, load_registry, write_whole
+    from prefmw.cli.output import loading
+    from prefmw.evaluation.calibrate import Trials, calibrate
+    from prefmw.settings import load_settings
+    from prefmw.training.topics import load_topics
+
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"'{out}' is no path for a calibration: its folder does not exist")
+    settings = load_settings({"model": model})
+    dimensions = load_registry(settings)
+    questions = [topic.questions[0] for topic in load_topics()][:n]
+    with loading(settings.model):
+        backend = load_backend(settings)
+    with stages() as tell:
+        found, rows = calibrate(Trials(backend, questions, seed=seed), dimensions, tell)
+    path = out or calibration_file(settings)
+    try:
+        write_whole(path, found.to_json() + "\n")
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be written: {error.strerror}") from error
+    if json:
+        print_json({"calibration": str(path), "rows": rows, "settings": {"n": len(questions), "seed": seed}})
+        return
+    print_table(
+        ["dimension", "pole", "gain", "in words", "half", "full", "loops", "principle"],
+        [
+            [
+                row["dimension"],
+                row["pole"],
+                f"{row['gain']:.2f}",
+                f"{row['moves'][row['wording']]:+.2f}",
+                f"{row['half']:+.2f}" + ("" if row["reached"] else " (short)"),
+                f"{row['full']:+.2f}",
+                f"{row['loops']:.2f}",
+                row["principle"],
+            ]
+            for row in rows
+        ],
+    )
+    say(f"written to {path}")
+
+
+@app.command()
 def learn(
     user_id: UserArgument,
     file: Annotated[Path, typer.Argument(metavar="FILE", help='JSON lines: {"prompt", "chosen", "rejected"}.')],
@@ -166,7 +219,7 @@ def learn(
     from prefmw.preferences import Message
     from prefmw.settings import load_settings
 
-    dimensions, settings = registry(), load_settings({"model": model})
+    dimensions, settings = registry(model), load_settings({"model": model})
     pairs = read_texts(file, "prompt", "chosen", "rejected")
     with opened_store(database) as store:
         known = {(one.prompt, one.chosen, one.rejected) for one in store.feedback(user_id)}

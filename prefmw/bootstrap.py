@@ -5,6 +5,7 @@ until it is used.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmw.embedded import find_embedded
+from prefmw.embedded import EMBEDDED, embedded_path, find_embedded
 from prefmw.errors import UsageError
 from prefmw.preferences import Dimensions, PreferenceStore, default_dimensions, parse_dimensions
 from prefmw.settings import Settings, expanded
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from prefmw.decoding import Engine
     from prefmw.models import ChatModel
     from prefmw.personalizer import Backend, Personalizer
+    from prefmw.preferences.calibration import Calibration
     from prefmw.preferences.inference import Inferer
     from prefmw.scoring import Scale
 
 _backends: dict[str, Backend] = {}
 _inferers: dict[str, Inferer] = {}
 _lock = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 def open_store(settings: Settings) -> PreferenceStore:
@@ -67,10 +70,21 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
 
 
 def load_dimensions(settings: Settings) -> Dimensions:
-    """The shipped dimensions, with what the settings' file adds, replaces and retires.
+    """The shipped dimensions, with what the settings' file adds, replaces and retires, in the words and with the gains
+    of the settings' chat model, where it was calibrated.
 
     Raises:
         UsageError: the file is not there, or is no registry.
+    """
+    registry, calibration = load_registry(settings), load_calibration(settings) if settings.calibrated else None
+    return registry if calibration is None else calibration.applied(registry)
+
+
+def load_registry(settings: Settings) -> Dimensions:
+    """The same before any model's calibration.
+
+    Raises:
+        UsageError: as above.
     """
     if settings.dimensions is None:
         return default_dimensions()
@@ -109,6 +123,33 @@ def load_inferer(settings: Settings, dimensions: Dimensions) -> Inferer:
         return _inferers[key]
 
 
+def load_calibration(settings: Settings) -> Calibration | None:
+    """What ``prefmw prefs calibrate`` found for the settings' chat model, or what ships with it; ``None`` where nobody
+    calibrated it.
+    """
+    from prefmw.preferences.calibration import Calibration
+
+    files = [calibration_file(settings)]
+    if settings.model in EMBEDDED:
+        files.append(embedded_path(settings.model) / "calibration.json")
+    for file in files:
+        with suppress(OSError, ValueError):  # not there
+            text = file.read_text(encoding="utf-8")
+            try:
+                return Calibration.from_json(text)
+            except UsageError as error:
+                _log.warning("%s is left aside: %s; remake it with 'prefmw prefs calibrate'", file, error)
+    return None
+
+
+def calibration_file(settings: Settings) -> Path:
+    """Where the settings' chat model's calibration lies, or would lie."""
+    import hashlib
+
+    about = (settings.model, settings.model_revision, settings.quantization, settings.template_options)
+    return settings.home / "calibrations" / f"dials-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.json"
+
+
 def load_scale(
     settings: Settings, dimensions: Dimensions, progress: Callable[[float], None] = lambda share: None
 ) -> Scale:
@@ -132,11 +173,16 @@ def load_scale(
         return Scale.from_json(file.read_text(encoding="utf-8"))
     scale = measured_scale([topic.questions[0] for topic in load_topics()], backend, dimensions, progress)
     with suppress(OSError):  # a home that cannot be written to costs the measuring every time
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(scale.to_json() + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
+        write_whole(file, scale.to_json() + "\n")
     return scale
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it meanwhile finds the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def load_backend(settings: Settings) -> Backend:
@@ -172,6 +218,11 @@ def load_backend(settings: Settings) -> Backend:
                 park_on_cpu=settings.park_on_cpu,
             )
             _check_once(settings.home / "checked-models.json", chat, engine)
+            calibration = load_calibration(settings) if settings.calibrated else None
+            if calibration is not None and calibration.revision != chat.revision:
+                _log.warning(
+                    "%s was calibrated with other weights than these; run 'prefmw prefs calibrate' again", chat.name
+                )
             if not _backends:
                 atexit.register(close_engines)
             _backends[key] = Backend(chat, engine)

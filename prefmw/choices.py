@@ -219,8 +219,9 @@ def _leaning(
     weights = rng.normal(size=len(keys))
     weights /= np.linalg.norm(weights)
     strongest = sorted(range(len(keys)), key=lambda at: -abs(weights[at]))[: Defaults.max_dials]
+    poles = [dimensions[keys[at]].pole(float(weights[at])) for at in strongest]
     dials = tuple(
-        Dial(keys[at], float(weights[at]), dimensions[keys[at]].pole(float(weights[at])).principle) for at in strongest
+        Dial(keys[at], float(weights[at]), pole.principle, pole.gain) for at, pole in zip(strongest, poles, strict=True)
     )
     seeded = replace(sampling, seed=sampling.seed + index)
     plan = Plan("drift", GAIN, persona_sentence(profile), profile.revision, profile.weights, seeded, dials)

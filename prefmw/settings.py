@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     dimensions: str | None = None
     """A TOML file of the deployment's own dimensions, which adds to the shipped ones, replaces or retires them."""
 
+    calibrated: bool = True
+    """Take the words and gains that ``prefmw prefs calibrate`` found for the chat model, where it did."""
+
     embedder: str = "all-MiniLM-L6-v2"
     """What reads preferences out of words: a folder or hub id of a sentence-transformers model."""
 

@@ -85,6 +85,7 @@ ARROWS = {
         "prefmw.training",
         "prefmw.personalizer",
         "prefmw.reply",
+        "prefmw.scoring",
     ),
     "prefmw.settings": ("prefmw.preferences",),
     "prefmw.errors": (),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from prefmw.alignment.drift import dials
+from prefmw.alignment.drift import dials_and_rule
 from prefmw.alignment.linear import scaled
 from prefmw.alignment.pad import guided
 
@@ -46,16 +46,16 @@ def combine_linear(views: Sequence[Tensor], parameters: Tensor) -> Combined:
 
 
 def combine_drift(views: Sequence[Tensor], parameters: Tensor) -> Combined:
-    """Dials over the views (base, pole 1 .. pole K); parameters are the gain, then the K weights' sizes.
+    """Dials over the views (base, pole 1 .. pole K); parameters are the gain of all, the K weights' sizes, and their
+    poles' own gains.
 
     The rule is the base moved by every weight at its own size, the unit ball undone: what several large weights ask for
-    would fall out of the nucleus of the step that they share.
+    would fall out of the nucleus of the step that they share. Gains do not widen it.
     """
-    base, *poles = _views(views, parameters.shape[1])
-    gain, weights = parameters[:, :1], parameters[:, 1:]
-    moved = dials(base, poles, weights)
-    whole = moved * weights.norm(dim=1, keepdim=True).clamp(min=1.0)
-    return Combined(base + gain * moved, base + whole)
+    base, *poles = _views(views, 1 + (parameters.shape[1] - 1) // 2)
+    gain, weights, gains = parameters[:, :1], parameters[:, 1 : 1 + len(poles)], parameters[:, 1 + len(poles) :]
+    moved, rule = dials_and_rule(base, poles, weights, gains)
+    return Combined(base + gain * moved, base + rule)
 
 
 def combine_pad(views: Sequence[Tensor], parameters: Tensor) -> Combined:

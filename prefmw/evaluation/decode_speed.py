@@ -2,7 +2,8 @@
 
 Ways of decoding one reply, all sampled with the same temperature and nucleus:
 
-- ``none``, ``linear``, ``pad``: the engine's, with one or two views of a backbone.
+- ``none``, ``linear``, ``pad``, ``drift``: the engine's, with one view of a backbone, two, two and five, for four
+  weights.
 - ``generate``: transformers' ``generate``, no steering.
 - ``two-forward``: Linear Alignment as its authors' released code does it, two forwards a token, one after the other.
 - ``cfg``: transformers' classifier-free guidance (``guidance_scale``), the same contrast in another form.
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefmw.alignment import combine_linear, combine_pad, combine_plain, nucleus, restrict, scaled
+from prefmw.alignment import combine_drift, combine_linear, combine_pad, combine_plain, nucleus, restrict, scaled
 from prefmw.decoding import Adapter, Engine, Request, Sampling, View
 from prefmw.errors import UsageError
 
@@ -54,6 +55,9 @@ COMMON = {"vocab_size": 32000, "max_position_embeddings": 8192, "tie_word_embedd
 TEMPERATURE, TOP_P, RATIO, BETA, RANK = 0.7, 0.8, 2.0, 1.0, 8
 """The sampling of every way, and the parameters of ours."""
 
+DIALS = (0.9, 0.7, 0.5, 0.3)
+"""The sizes of the weights that act under Drift."""
+
 PEAK = 8.0
 """By which the last hidden state of random weights is scaled: their logits then vary by four, like a trained model's,
 and a nucleus holds tens of tokens rather than most of the vocabulary.
@@ -65,7 +69,7 @@ PRINCIPLE = 40
 NEXT = 32
 """Tokens of the user's next turn, for the parked time to the first token."""
 
-METHODS = ("none", "linear", "pad")
+METHODS = ("none", "linear", "pad", "drift")
 OTHERS = ("generate", "two-forward", "cfg")
 
 
@@ -183,18 +187,18 @@ def measure(
     return rows
 
 
-def one_by_one(model: Any, *, users: int, context: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of users with Linear Alignment together, over those of the same users one after another: while
-    they reply, their contexts being parked, and from their prompts on.
+def one_by_one(model: Any, name: str, *, users: int, context: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second of users of a method together, over those of the same users one after another: while they reply,
+    their contexts being parked, and from their prompts on.
     """
     bench = _Bench(model, users=users, context=context, tokens=tokens)
     kinds = [(kept, together) for kept in (True, False) for together in (True, False)]
     seconds: dict[tuple[bool, bool], list[float]] = {kind: [] for kind in kinds}
     try:
-        bench.whole_seconds(kept=True, together=True)  # warms up, and parks the contexts
+        bench.whole_seconds(name, kept=True, together=True)  # warms up, and parks the contexts
         for _ in range(rounds):
             for kept, together in kinds:
-                seconds[kept, together].append(bench.whole_seconds(kept=kept, together=together))
+                seconds[kept, together].append(bench.whole_seconds(name, kept=kept, together=together))
     finally:
         bench.engine.close()
     count = users * tokens
@@ -246,6 +250,11 @@ class _Bench:
         if name == "linear":
             views = (View(plain), View(steered))
             return Request(views, combine_linear, sampling, (RATIO,), owner=owner)
+        if name == "drift":
+            poles = [View([*steered[: -len(more) or None], dial, *more]) for dial in range(3, 3 + len(DIALS))]
+            return Request(
+                (View(plain), *poles), combine_drift, sampling, (1.0, *DIALS, *(1.0 for _ in DIALS)), owner=owner
+            )
         policy = View(steered, adapter="persrm", head_scale=self._scale)
         return Request((View(steered), policy), combine_pad, sampling, (BETA,), owner=owner)
 
@@ -259,12 +268,12 @@ class _Bench:
         ended = max(generation.ended_at or started for generation in generations)
         return _figures(started, max(firsts), ended, self._tokens, len(generations))
 
-    def whole_seconds(self, *, together: bool, kept: bool) -> float:
-        """Seconds for a Linear Alignment reply to every user, whose contexts are ``kept`` from one time to the next or
-        read anew.
+    def whole_seconds(self, name: str, *, together: bool, kept: bool) -> float:
+        """Seconds for a method's reply to every user, whose contexts are ``kept`` from one time to the next or read
+        anew.
         """
         users = range(len(self._without))
-        requests = [self._request("linear", user, owner=f"user {user}" if kept else None) for user in users]
+        requests = [self._request(name, user, owner=f"user {user}" if kept else None) for user in users]
         started = time.perf_counter()
         if together:
             for generation in [self.engine.submit(request) for request in requests]:

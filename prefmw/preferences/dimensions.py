@@ -19,13 +19,22 @@ Kind = Literal["style", "quality"]
 
 @dataclass(frozen=True)
 class Pole:
-    """One end of a dimension: its name, the sentence that asks a model for it, and statements of people who want it,
-    for a read-out to be fitted on (the shipped dimensions' stand in ``anchors.toml``).
+    """One end of a dimension.
+
+    Attributes:
+        name: as people see it.
+        principle: the sentence that asks a model for it.
+        anchors: statements of people who want it, for a read-out to be fitted on (the shipped dimensions' stand in
+            ``anchors.toml``).
+        wordings: other sentences that ask for it; a model's calibration may put one of them in the principle's place.
+        gain: how far a weight on this side goes as one of Drift's dials, beside its own size; > 0.
     """
 
     name: str
     principle: str
     anchors: tuple[str, ...] = ()
+    wordings: tuple[str, ...] = ()
+    gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Dimensions(Mapping[str, Dimension]):
 
 def parse_dimensions(text: str, base: Mapping[str, Dimension] | None = None) -> Dimensions:
     """Read a registry written as TOML, one table per dimension: ``positive`` and perhaps ``negative``, each with a
-    ``name``, a ``principle`` and perhaps ``anchors``; and ``kind``, style unless said otherwise.
+    ``name``, a ``principle`` and perhaps ``wordings`` and ``anchors``; and ``kind``, style unless said otherwise.
 
     Args:
         text: the TOML.
@@ -139,15 +148,21 @@ def _dimension(key: str, table: Mapping[str, Any]) -> Dimension:
 
 def _pole(key: str, side: str, table: Any) -> Pole:
     place = f"the {side} pole of [{key}]"
-    if not isinstance(table, dict) or not {"name", "principle"} <= set(table) <= {"name", "principle", "anchors"}:
-        raise UsageError(f"{place} has a name, a principle and perhaps anchors, and nothing else")
-    anchors = table.get("anchors", [])
-    if not isinstance(anchors, list):
-        raise UsageError(f"the anchors of {place} are a list of texts")
-    for text in (table["name"], table["principle"], *anchors):
+    if not isinstance(table, dict) or not {"name", "principle"} <= set(table) <= {
+        "name",
+        "principle",
+        "wordings",
+        "anchors",
+    }:
+        raise UsageError(f"{place} has a name, a principle and perhaps wordings and anchors, and nothing else")
+    lists = [table.get(key, []) for key in ("anchors", "wordings")]
+    if not all(isinstance(texts, list) for texts in lists):
+        raise UsageError(f"the anchors and the wordings of {place} are lists of texts")
+    anchors, wordings = lists
+    for text in (table["name"], table["principle"], *anchors, *wordings):
         if not isinstance(text, str) or not text.strip():
             raise UsageError(f"{place} holds an empty text, or what is no text")
-    return Pole(table["name"], table["principle"], tuple(anchors))
+    return Pole(table["name"], table["principle"], tuple(anchors), tuple(wordings))
 
 
 @cache

@@ -69,7 +69,7 @@ def test_many_large_weights_go_no_further_than_the_unit_ball(seed):
 
 def test_one_full_dial_at_a_gain_is_the_linear_step_from_the_plain_model():
     base, (pole, _), _ = drawn(5)
-    combined = combine_drift([base, pole], torch.tensor([[3.0, 1.0]] * 3))
+    combined = combine_drift([base, pole], torch.tensor([[3.0, 1.0, 1.0]] * 3))
     torch.testing.assert_close(combined.logits, scaled(base, pole, 2.0))  # z0 + 3 d = z1 + 2 d
     torch.testing.assert_close(combined.rule, pole)
 
@@ -78,16 +78,24 @@ def test_the_rule_takes_every_weight_at_its_own_size_whatever_the_gain():
     base, (one, other), weights = drawn(6)
     weights = weights + 0.5  # some lie beyond the unit ball
     whole = base + weights[:, :1] * (one - base) + weights[:, 1:] * (other - base)
-    for gain in (0.0, 1.0, 5.0):
-        combined = combine_drift([base, one, other], torch.cat([torch.full((3, 1), gain), weights], dim=1))
+    for gain, own in ((0.0, 1.0), (1.0, 0.5), (5.0, 3.0)):
+        gains = torch.full_like(weights, own)
+        combined = combine_drift([base, one, other], torch.cat([torch.full((3, 1), gain), weights, gains], dim=1))
         torch.testing.assert_close(combined.rule, whole)
-        torch.testing.assert_close(combined.logits, base + gain * dials(base, [one, other], weights))
+        torch.testing.assert_close(combined.logits, base + gain * own * dials(base, [one, other], weights))
+
+
+def test_a_pole_s_gain_scales_its_own_direction_and_not_the_bound():
+    base, (one, other), _ = drawn(8)
+    weights, gains = torch.tensor([[3.0, 4.0]] * 3), torch.tensor([[2.0, 0.5]] * 3)
+    moved = 2.0 * 0.6 * (one - base) + 0.5 * 0.8 * (other - base)
+    torch.testing.assert_close(dials(base, [one, other], weights, gains), moved, atol=1e-5, rtol=1e-5)
 
 
 def test_what_one_of_many_full_dials_asks_for_stays_in_the_rule():
     base = torch.tensor([[10.0, 0.0, 0.0, 0.0]])
     poles = [base + torch.eye(4)[[column]] * 12 for column in (1, 2, 3)]
-    combined = combine_drift([base, *poles], torch.ones(1, 4))
+    combined = combine_drift([base, *poles], torch.ones(1, 7))
     assert (combined.rule.softmax(1)[:, 1:] > 0.3).all()
     assert (combined.logits.softmax(1)[:, 1:] < 0.1).all()
 

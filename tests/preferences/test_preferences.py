@@ -111,7 +111,7 @@ def test_a_weight_on_a_pole_that_is_gone_asks_for_nothing():
         ('[spice]\npositive = "hot"', "has a name"),
         ('[spice]\npositive = { name = "", principle = "H." }', "empty text"),
         ('[spice]\npositive = { name = "hot", principle = "H.", anchors = [1] }', "no text"),
-        ('[spice]\npositive = { name = "hot", principle = "H.", anchors = "hot" }', "list of texts"),
+        ('[spice]\npositive = { name = "hot", principle = "H.", anchors = "hot" }', "lists of texts"),
         (
             '[spice]\npositive = { name = "hot", principle = "H." }\nnegative = { name = "hot", principle = "M." }',
             "both poles",

@@ -1,0 +1,107 @@
+"""A model's own words and gains: what is measured is what half a weight does, and nothing else changes."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from prefmw.evaluation import calibrate, steer
+from prefmw.evaluation.calibrate import GAINS, HALF, Trials, pairs, sentences
+from prefmw.preferences import default_dimensions, parse_dimensions
+
+ONE = """
+[calm]
+negative = { name = "wild", principle = "Be wild.", wordings = ["Rage.", "Storm."] }
+positive = { name = "calm", principle = "Be calm.", wordings = ["Rest."] }
+"""
+
+
+class Scripted(Trials):
+    """Replies that say how they were asked for; every sentence of the other pair reads the same from them.
+
+    A reply leans by the gain and the weight, twice as far by "Rest." as by the principle.
+    """
+
+    @functools.cached_property
+    def force(self):
+        return {"Be wild.": 1.0, "Rage.": 1.0, "Storm.": 1.0, "Be calm.": 0.5, "Rest.": 1.0}
+
+    def replies(self, dimension, weight):
+        pole = None if dimension is None else dimension.pole(weight)
+        lean = 0.0 if pole is None else weight * pole.gain * self.force[pole.principle]
+        return [f"{lean + noise} stands for a reply." for noise in self.noise]
+
+    @property
+    def noise(self):
+        return np.linspace(-1.5, 1.5, len(self.questions))
+
+    def scores(self, replies, dimension):
+        said = np.array([float(reply.split()[0]) for reply in replies])
+        return np.repeat(said[:, None], len(pairs(dimension)), axis=1)
+
+
+@pytest.fixture
+def scripted(backend):
+    return Scripted(backend, [f"{number}?" for number in range(40)])
+
+
+def test_every_sentence_is_in_a_pair():
+    calm = parse_dimensions(ONE)["calm"]
+    assert sentences(calm, -1) == ("Be wild.", "Rage.", "Storm.")
+    assert pairs(calm) == [(0, 0), (1, 1), (2, 0)]
+
+
+def delta(shift):
+    """Cliff's delta of replies that a shift moved, among uniform ones 3 wide."""
+    return 1 - (1 - shift / 3) ** 2
+
+
+def test_the_sentence_that_moves_further_wins_and_half_a_weight_does_half_of_what_it_does(scripted):
+    found, rows = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
+    calm, wild = found.poles["calm"]["calm"], found.poles["calm"]["wild"]
+    assert (calm.principle, wild.principle) == ("Rest.", "Be wild.")  # what is as good as the first gives way to it
+    for row in rows:
+        assert row["reached"]
+        assert row["moves"][row["wording"]] == pytest.approx(delta(1.0), abs=0.03)
+        assert row["half"] == pytest.approx(HALF * delta(1.0), abs=0.03)
+        assert delta(0.5 * row["gain"]) == pytest.approx(HALF * delta(1.0), abs=0.03)
+
+
+def test_a_gain_at_which_replies_loop_is_not_taken(scripted, monkeypatch):
+    _, before = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
+    monkeypatch.setattr(calibrate, "repeats", lambda reply: abs(float(reply.split()[0])) > 2.2)
+    _, rows = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
+    for row, other in zip(rows, before, strict=True):
+        assert row["loops"] <= calibrate.LOOPS < other["loops"] or row["gain"] < other["gain"]
+        assert not row["reached"]
+
+
+def test_a_model_that_half_a_weight_does_not_move_gets_the_largest_gain_and_is_said_to_fall_short(scripted):
+    class Deaf(Scripted):
+        def replies(self, dimension, weight):
+            return super().replies(dimension, weight if abs(weight) == 1 else 0.0)
+
+    deaf = Deaf(scripted.backend, scripted.questions)
+    _, rows = calibrate.calibrate(deaf, parse_dimensions(ONE), lambda what, share: None)
+    assert all(row["gain"] == GAINS[-1] and not row["reached"] for row in rows)
+
+
+def test_a_pole_whose_sentence_does_nothing_keeps_its_gain(scripted):
+    scripted.force.update(dict.fromkeys(scripted.force, 0.0))
+    _, rows = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
+    assert all(row["gain"] == 1.0 and row["wording"] == 0 and not row["reached"] for row in rows)
+
+
+def test_a_real_model_is_measured_end_to_end(backend, monkeypatch):
+    monkeypatch.setattr(steer, "MAX_TOKENS", 8)  # this one never ends by itself
+    humor = parse_dimensions("", {"humor": default_dimensions()["humor"]})
+    trials = Trials(backend, ["How do I fall asleep faster?"] * 2)
+    found, rows = calibrate.calibrate(trials, humor, lambda what, share: None)
+    assert [row["pole"] for row in rows] == ["serious", "humorous"]
+    assert found.model == backend.chat.name
+    assert found.revision == backend.chat.revision
+    for row in rows:
+        assert row["principle"] in sentences(humor["humor"], -1 if row["pole"] == "serious" else 1)
+        assert GAINS[0] <= row["gain"] <= GAINS[-1]
