@@ -14,8 +14,10 @@ Shapes: B requests, K views each, V vocabulary, P parameters.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -50,6 +52,16 @@ CHUNK = {"cpu": 256, "cuda": 2048}
 
 PATIENCE = 256
 """Steps without trouble after an out-of-memory, before twice as many rows are tried again."""
+
+_running: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_running() -> None:
+    """Shut down what is left open: a thread that computes while the interpreter goes away aborts the process."""
+    for engine in list(_running):
+        if engine._worker is not None and engine._worker.is_alive():  # not its parent's, in a fork
+            engine.close()
 
 
 class Engine:
@@ -233,6 +245,7 @@ class Engine:
             self._give_up_rows()  # of a process that this one was forked from
             self._worker = threading.Thread(target=self._work, name="prefmw-engine", daemon=True)
             self._worker.start()
+            _running.add(self)
 
     def _leave(self) -> None:
         """Let those go who were cancelled while they waited; holding ``_changed``."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,3 +322,19 @@ def test_positions_that_change_with_the_longest_row_bound_the_context():
     with pytest.raises(ContextLengthError, match="context of 64"):
         engine.submit(Request((View([5] * 50),), combine_plain, GREEDY))
     engine.close()
+
+
+def test_a_program_that_leaves_an_engine_open_ends_as_it_should():
+    script = """
+from prefmw.alignment import combine_plain
+from prefmw.decoding import Engine, Request, Sampling, View
+from tests.decoding.families import family
+engine = Engine(family("llama"), capacity=200, vocabulary=160)
+sampling = Sampling(temperature=0.0, top_p=1.0, top_k=None, max_tokens=190, seed=0)
+next(iter(engine.submit(Request((View([3, 4]),), combine_plain, sampling))))
+print("done")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
