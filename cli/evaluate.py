@@ -244,15 +244,15 @@ def score(
     json: JsonOption = False,
 ) -> None:
     """Score replies on every style dimension."""
-    from prefmw.bootstrap import load_backend
+    from prefmw.bootstrap import load_backend, load_dimensions
     from prefmw.preferences import Message
     from prefmw.scoring import Exchange, attribute_scores, scored_dimensions
     from prefmw.settings import load_settings
 
     if not zero_shot:
         raise UsageError("this version scores with --zero-shot alone")
-    texts, dimensions = read_texts(file, "prompt", "response"), registry(model)
-    settings = load_settings({"model": model})
+    texts, settings = read_texts(file, "prompt", "response"), load_settings({"model": model})
+    dimensions = load_dimensions(settings)
     with loading(settings.model):
         backend = load_backend(settings)
     keys = scored_dimensions(dimensions)

@@ -45,14 +45,14 @@ def actor() -> str:
         return "cli"
 
 
-def registry(model: str | None = None) -> Dimensions:
-    """The dimensions that environment and config file name, by default the shipped ones, in the words of a chat model;
-    by default the settings'.
+def registry() -> Dimensions:
+    """The dimensions that environment and config file name, by default the shipped ones, in the words of the settings'
+    chat model.
     """
     from prefmw.bootstrap import load_dimensions
     from prefmw.settings import load_settings
 
-    return load_dimensions(load_settings({"model": model}))
+    return load_dimensions(load_settings())
 
 
 def parse_weight(item: str, dimensions: Dimensions) -> tuple[str, Stated]:

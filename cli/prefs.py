@@ -213,13 +213,14 @@ def learn(
     database: DatabaseOption = None,
 ) -> None:
     """Learn weights from choices between replies, these and all that were stored before."""
-    from prefmw.bootstrap import load_backend, load_scale
+    from prefmw.bootstrap import load_backend, load_dimensions, load_scale
     from prefmw.choices import LEAST, Choice, learn_from_choices, score_choices
     from prefmw.cli.output import loading
     from prefmw.preferences import Message
     from prefmw.settings import load_settings
 
-    dimensions, settings = registry(model), load_settings({"model": model})
+    settings = load_settings({"model": model})
+    dimensions = load_dimensions(settings)
     pairs = read_texts(file, "prompt", "chosen", "rejected")
     with opened_store(database) as store:
         known = {(one.prompt, one.chosen, one.rejected) for one in store.feedback(user_id)}

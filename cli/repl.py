@@ -74,9 +74,11 @@ def _help(session: Session, _: str) -> None:
 
 def _prefs(session: Session, _: str) -> None:
     """Your persona, weights and the principle text they add up to"""
+    from prefmw.bootstrap import load_dimensions
+
     profile = session.store.profile(session.user_id)
     method = session.personalizer.plan(profile, session.options).method
-    print_profile(profile, registry(), sys.stderr, method=method)
+    print_profile(profile, load_dimensions(session.settings), sys.stderr, method=method)
 
 
 def _set(session: Session, rest: str) -> None:
@@ -155,7 +157,7 @@ def _compare(session: Session, rest: str) -> None:
     """Two answers to the last question, or to one you add; say which is better, and your weights learn from it"""
     import secrets
 
-    from prefmw.bootstrap import load_backend
+    from prefmw.bootstrap import load_backend, load_dimensions
     from prefmw.choices import Choice, differences, instructive_pair
     from prefmw.preferences.learning import bradley_terry
 
@@ -172,7 +174,7 @@ def _compare(session: Session, rest: str) -> None:
             session.store.profile(session.user_id),
             bradley_terry(differences(session.store.feedback(session.user_id), scale.dimensions)),
             load_backend(session.settings),
-            registry(),
+            load_dimensions(session.settings),
             scale,
             session.personalizer.sampling(replace(session.options, seed=secrets.randbelow(2**31))),
         )
@@ -242,10 +244,11 @@ _COMMANDS: dict[str, tuple[Callable[[Session, str], None], str]] = {
 
 def _scale(session: Session) -> Scale:
     """What scores on this model are like, measured at the first need."""
-    from prefmw.bootstrap import load_scale
+    from prefmw.bootstrap import load_dimensions, load_scale
 
+    dimensions = load_dimensions(session.settings)
     with stages() as tell:
-        return load_scale(session.settings, registry(), lambda share: tell("calibrating, once for this model", share))
+        return load_scale(session.settings, dimensions, lambda share: tell("calibrating, once for this model", share))
 
 
 def _check_recorded(session: Session) -> None:
@@ -266,11 +269,12 @@ def _thumb(session: Session, kind: Literal["like", "dislike"]) -> None:
 
 def _learn(session: Session, choice: Choice, scale: Scale) -> None:
     """Store what was said of replies, and tell what the weights are now."""
-    from prefmw.bootstrap import load_backend
+    from prefmw.bootstrap import load_backend, load_dimensions
     from prefmw.choices import LEAST, learn_from_choices, score_choices
 
     before = session.store.profile(session.user_id).revision
-    (feedback,) = score_choices(session.user_id, [choice], load_backend(session.settings), registry(), scale)
+    backend, dimensions = load_backend(session.settings), load_dimensions(session.settings)
+    (feedback,) = score_choices(session.user_id, [choice], backend, dimensions, scale)
     session.store.add_feedback(feedback)
     lesson = learn_from_choices(
         session.store, session.user_id, scale.dimensions, actor=actor(), reason="chosen in a conversation"

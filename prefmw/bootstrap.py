@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmw.embedded import EMBEDDED, embedded_path, find_embedded
+from prefmw.embedded import find_embedded
 from prefmw.errors import UsageError
 from prefmw.preferences import Dimensions, PreferenceStore, default_dimensions, parse_dimensions
 from prefmw.settings import Settings, expanded
@@ -124,21 +124,16 @@ def load_inferer(settings: Settings, dimensions: Dimensions) -> Inferer:
 
 
 def load_calibration(settings: Settings) -> Calibration | None:
-    """What ``prefmw prefs calibrate`` found for the settings' chat model, or what ships with it; ``None`` where nobody
-    calibrated it.
-    """
+    """What ``prefmw prefs calibrate`` found for the settings' chat model; ``None`` where nobody calibrated it."""
     from prefmw.preferences.calibration import Calibration
 
-    files = [calibration_file(settings)]
-    if settings.model in EMBEDDED:
-        files.append(embedded_path(settings.model) / "calibration.json")
-    for file in files:
-        with suppress(OSError, ValueError):  # not there
-            text = file.read_text(encoding="utf-8")
-            try:
-                return Calibration.from_json(text)
-            except UsageError as error:
-                _log.warning("%s is left aside: %s; remake it with 'prefmw prefs calibrate'", file, error)
+    file = calibration_file(settings)
+    try:
+        return Calibration.from_json(file.read_text(encoding="utf-8"))
+    except UsageError as error:
+        _log.warning("%s is left aside: %s; remake it with 'prefmw prefs calibrate'", file, error)
+    except (OSError, ValueError):  # not there, or no text
+        pass
     return None
 
 
