@@ -1,15 +1,12 @@
-"""A model's linear layers, with what the engine adds to them: LoRA by row, and quick products of few rows on a CPU.
+"""A model's linear layers, with what the engine adds to them: LoRA by row, and quick products of few rows on a CPU
+(products.py).
 
 Both are put on ``nn.Linear`` instances by their ``forward`` attribute and act in the engine's own forwards alone, so
 whoever else uses the model gets what its own code and weights give. :meth:`GatedLinears.release` takes them off again.
 
-On a CPU a token's products have a row a view, and the libraries behind ``nn.Linear`` are made for many rows: they read
-weights at a quarter of the speed of memory. There are two ways round it, and which is the quickest for which number of
-rows is measured when a model comes, in its own type and size:
-
-- *turned*: W x^T in place of x W^T; costs nothing.
-- *packed*: oneDNN's product with a copy of the weights in the order that its kernels read them; costs that copy, so it
-  is made where memory is plentiful.
+Where weights are packed, a LoRA is packed with them: y = [W | B] [x; A x], with zeros in place of A x in the rows that
+are read without it. So it costs a few small operations for all layers that read one input, and none for each layer. It
+takes another packed copy of the weights, and is done where there is memory for that; else B (A x) is added.
 
 Shapes: R rows of one forward, N tokens a row, r LoRA rank.
 """
@@ -18,52 +15,35 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from prefmw.decoding import products
 from prefmw.errors import ModelError
 
-FEW = (1, 2, 3, 4, 8, 16, 64)
-"""Numbers of rows for which ways are compared; one in between goes like the next."""
-
-MEASURED = 1 << 24
-"""Weights that are timed to find out, at most: 64 MB of float32."""
-
-PACKED_SHARE = 0.25
-"""Of the memory that is free, what packed copies of a model's weights may take at most."""
-
-PACKED_FOR = 16
-"""Rows for which oneDNN chooses its order of weights: for one row it takes another, which is slow for more."""
-
-Way = Literal["plain", "turned", "packed"]
 Forward = Callable[[Tensor], Tensor]
 
 
 class _Matrices(NamedTuple):
-    """A LoRA of one layer: its A^T (in, r) stands in ``place`` among the columns of ``down``, of ``ranks`` each, which
-    layers that may read the same input share, since a handful of small products is what a LoRA costs; ``up`` is B^T
-    (r, out).
+    """A LoRA of one layer: its A^T (in, r) are the columns in ``place`` of ``down``, which layers that may read the
+    same input share, since a handful of small products is what a LoRA costs; ``up`` is B^T (r, out).
     """
 
     down: Tensor
-    ranks: list[int]
-    place: int
+    place: slice
     up: Tensor
 
 
-class _Inner(NamedTuple):
-    """x ``down`` of the rows that are read with an adapter, split by layer, for the input that was read last."""
+class _Seen(NamedTuple):
+    """What the input that was read last gave: x ``down``, or x with that beside it."""
 
     x: Tensor
     down: Tensor
-    parts: tuple[Tensor, ...]
+    gave: Tensor
 
 
 class _InUse(NamedTuple):
@@ -81,7 +61,8 @@ class _UnderWay(threading.local):
     def __init__(self) -> None:
         self.on = False
         self.adapters: Sequence[_InUse] = ()
-        self.inner: dict[str, _Inner] = {}
+        self.inner: dict[str, _Seen] = {}
+        self.beside: dict[str, _Seen] = {}
 
 
 @dataclass(frozen=True)
@@ -110,8 +91,11 @@ class GatedLinears:
         self._released = False
         self.under_way = _UnderWay()
         quick = {name: layer for name, layer in self._layers.items() if _is_plain(name, layer)}
-        self._ways = _quickest_ways(list(quick.values()), pack)
-        self._packed = {name: _take_packed(layer) for name, layer in quick.items()} if "packed" in self._ways else {}
+        self._ways = products.quickest_ways(list(quick.values()), pack)
+        self._packed = (
+            {name: products.take_packed(layer) for name, layer in quick.items()} if "packed" in self._ways else {}
+        )
+        self._wide: dict[str, dict[str, Tensor]] = {}  # [W | B] packed, by adapter and layer
         self._quick = quick if set(self._ways) != {"plain"} else {}
         self._put(self._quick)
 
@@ -134,6 +118,7 @@ class GatedLinears:
                     f"{tuple(up.shape)} x {tuple(down.shape)}"
                 )
         self._adapters[name] = _side_by_side(adapter, self._layers)
+        self._wide[name] = self._packed_with(self._adapters[name])
         self._put({layer: self._layers[layer] for layer in adapter.matrices})
 
     def check(self, adapter: str | None) -> None:
@@ -162,10 +147,12 @@ class GatedLinears:
         """Undo :meth:`begin`."""
         self.under_way.on, self.under_way.adapters = False, ()
         self.under_way.inner.clear()
+        self.under_way.beside.clear()
 
     def packed_bytes(self) -> int:
-        """Bytes of packed copies, of which all engines on a model share one."""
-        weights = [self._layers[name].weight for name in self._packed]
+        """Bytes of packed copies: that of the weights, which all engines on a model share, and those with adapters."""
+        wide = [name for layers in self._wide.values() for name in layers]
+        weights = [self._layers[name].weight for name in (*self._packed, *wide)]
         return sum(weight.numel() * weight.element_size() for weight in weights)
 
     def release(self) -> None:
@@ -177,8 +164,8 @@ class GatedLinears:
                 if (kept := _behind(name, before, lambda owner: owner._released)) is not None:
                     instance["forward"] = kept
         for name in self._packed:
-            _drop_packed(self._layers[name])
-        self._packed, self._ways = {}, ("plain",)
+            products.drop_packed(self._layers[name])
+        self._packed, self._wide, self._ways = {}, {}, ("plain",)
         self._released = True
 
     def _put(self, layers: Mapping[str, nn.Linear]) -> None:
@@ -193,31 +180,42 @@ class GatedLinears:
         if not self.under_way.on:  # another engine's forward, or somebody's own
             before = self._put_on[name][1]
             return nn.functional.linear(x, layer.weight, layer.bias) if before is None else before(x)
-        foreign = self._foreign[name]
+        foreign, adapters = self._foreign[name], self.under_way.adapters
         rows = x.numel() // x.shape[-1]
         way = self._ways[rows] if rows < len(self._ways) and name in self._quick else "plain"
         if foreign is not None:  # one that moves weights between devices, say
-            y = foreign(x).clone() if self.under_way.adapters else foreign(x)
+            y = foreign(x).clone() if adapters else foreign(x)
         elif way == "packed":
-            y = packed_product(x, self._packed[name], layer.bias)
+            if len(adapters) == 1 and (wide := self._wide[adapters[0].adapter].get(name)) is not None:
+                beside = self._beside(x, adapters[0], self._adapters[adapters[0].adapter][name])
+                return products.packed_product(beside, wide, layer.bias)
+            y = products.packed_product(x, self._packed[name], layer.bias)
         elif way == "turned":
-            y = turned_product(x, layer.weight, layer.bias)
+            y = products.turned_product(x, layer.weight, layer.bias)
         else:
             y = nn.functional.linear(x, layer.weight, layer.bias)
-        for used in self.under_way.adapters:
+        for used in adapters:
             matrices = self._adapters[used.adapter].get(name)
             if matrices is not None:
                 self._add_lora(y, x, used, matrices)
         return y
 
+    def _beside(self, x: Tensor, used: _InUse, matrices: _Matrices) -> Tensor:
+        """[x; A x], with zeros in place of A x in the rows that are read without it."""
+        seen = self.under_way.beside.get(used.adapter)
+        if seen is None or seen.x is not x or seen.down is not matrices.down:
+            beside = nn.functional.pad(x, (0, matrices.down.shape[1]))
+            rows = beside.view(used.among, -1, beside.shape[-1])
+            rows[used.rows, :, x.shape[-1] :] = _read(x, used, matrices).to(x.dtype)
+            seen = self.under_way.beside[used.adapter] = _Seen(x, matrices.down, beside)
+        return seen.gave
+
     def _add_lora(self, y: Tensor, x: Tensor, used: _InUse, matrices: _Matrices) -> None:
         """y += B (A x) in the rows that are read with it, for x (R, N, in)."""
-        inner = self.under_way.inner.get(used.adapter)
-        if inner is None or inner.x is not x or inner.down is not matrices.down:
-            read = x.reshape(used.among, -1, x.shape[-1])[used.rows].to(matrices.down.dtype)
-            parts = torch.split(torch.matmul(read, matrices.down), matrices.ranks, dim=-1)
-            inner = self.under_way.inner[used.adapter] = _Inner(x, matrices.down, parts)
-        added = torch.matmul(inner.parts[matrices.place], matrices.up)
+        seen = self.under_way.inner.get(used.adapter)
+        if seen is None or seen.x is not x or seen.down is not matrices.down:
+            seen = self.under_way.inner[used.adapter] = _Seen(x, matrices.down, _read(x, used, matrices))
+        added = torch.matmul(seen.gave[..., matrices.place], matrices.up)
         if used.gate is not None:
             added.mul_(used.gate.to(added.device))
         rows = y.view(used.among, -1, y.shape[-1])
@@ -225,6 +223,25 @@ class GatedLinears:
             rows[used.rows].add_(added)
         else:
             rows.index_add_(0, used.rows.to(y.device), added.to(y.dtype))
+
+    def _packed_with(self, matrices: Mapping[str, _Matrices]) -> dict[str, Tensor]:
+        """[W | B] packed, for the layers of an adapter whose weights are, where there is memory for it."""
+        layers = {name: self._layers[name].weight for name in matrices if name in self._packed}
+        size = sum(weight.numel() * weight.element_size() for weight in layers.values())
+        if size > products.PACKED_SHARE * products.free_memory():
+            return {}
+        found = {}
+        for name, weight in layers.items():
+            up = weight.new_zeros(len(weight), matrices[name].down.shape[1])
+            up[:, matrices[name].place] = matrices[name].up.t().to(weight.dtype)
+            found[name] = products.pack(torch.cat([weight.detach(), up], dim=1))
+        return found
+
+
+def _read(x: Tensor, used: _InUse, matrices: _Matrices) -> Tensor:
+    """x ``down`` of the rows that are read with an adapter."""
+    read = x.reshape(used.among, -1, x.shape[-1])[used.rows]
+    return torch.matmul(read.to(matrices.down.dtype), matrices.down)
 
 
 def _in_use(name: str, gate: Tensor) -> _InUse:
@@ -250,11 +267,12 @@ def _side_by_side(adapter: Adapter, layers: Mapping[str, nn.Linear]) -> dict[str
         weight = layers[names[0]].weight
         narrow = weight.device.type == "cpu" and weight.dtype.itemsize < 4
         dtype = torch.float32 if narrow else weight.dtype
-        downs = [adapter.matrices[layer][0] for layer in names]
-        shared, ranks = torch.cat(downs).t().to(dtype).contiguous(), [len(down) for down in downs]
-        for place, layer in enumerate(names):
-            up = adapter.matrices[layer][1].t().to(dtype).contiguous()
-            found[layer] = _Matrices(shared, ranks, place, up)
+        down = torch.cat([adapter.matrices[layer][0] for layer in names]).t().to(dtype).contiguous()
+        begin = 0
+        for layer in names:
+            end = begin + len(adapter.matrices[layer][0])
+            found[layer] = _Matrices(down, slice(begin, end), adapter.matrices[layer][1].t().to(dtype).contiguous())
+            begin = end
     return found
 
 
@@ -270,135 +288,3 @@ def _behind(name: str, forward: Forward | None, passed: Callable[[GatedLinears],
     if isinstance(owner, GatedLinears) and passed(owner):
         return _behind(name, owner._put_on[name][1], passed)
     return forward
-
-
-def turned_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b computed as (W x^T)^T. One row is read twice, since products with a single vector may run on one core
-    alone.
-
-    The result is laid out as the plain product's; what reads it, fused attention say, is slow or falls back otherwise.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    rows = flat.shape[0]
-    columns = (torch.cat([flat, flat]) if rows == 1 else flat).t()
-    y = torch.mm(weight, columns).t()[:rows].contiguous().reshape(*x.shape[:-1], weight.shape[0])
-    return y if bias is None else y + bias
-
-
-def pack(weight: Tensor) -> Tensor:
-    """A copy of weights (out, in) in oneDNN's own order, for :func:`packed_product` alone."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR)
-    return packed
-
-
-_packing = threading.Lock()
-_packs: weakref.WeakKeyDictionary[nn.Linear, tuple[Tensor, int]] = weakref.WeakKeyDictionary()
-"""Packed weights of layers, and how many engines read them."""
-
-
-def _take_packed(layer: nn.Linear) -> Tensor:
-    with _packing:
-        packed, readers = _packs[layer] if layer in _packs else (pack(layer.weight.detach()), 0)
-        _packs[layer] = packed, readers + 1
-    return packed
-
-
-def _drop_packed(layer: nn.Linear) -> None:
-    with _packing:
-        packed, readers = _packs.pop(layer)
-        if readers > 1:
-            _packs[layer] = packed, readers - 1
-
-
-def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b with weights from :func:`pack`."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y
-
-
-def _quickest_ways(layers: Sequence[nn.Linear], pack: bool) -> tuple[Way, ...]:
-    """The quickest way for each number of rows, from 0, by measurement on as many weights as the model has of its
-    largest shape, so that they lie in the caches or not as they will.
-    """
-    weights = [layer.weight for layer in layers]
-    largest = max((w for w in weights if w.numel() <= MEASURED), key=Tensor.numel, default=None)
-    if largest is None or largest.device.type != "cpu" or not largest.is_floating_point():
-        return ("plain",)
-    count = min(sum(weight.shape == largest.shape for weight in weights), MEASURED // largest.numel())
-    ways: list[Way] = ["plain", "turned"]
-    alike = all(weight.dtype == largest.dtype and weight.device == largest.device for weight in weights)
-    new = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers if layer not in _packs)
-    if pack and alike and _can_pack(largest.dtype) and new <= PACKED_SHARE * _free_memory():
-        ways.append("packed")
-    quickest = _quickest(tuple(ways), count, *largest.shape, largest.dtype, torch.get_num_threads())
-    return tuple(
-        next(way for most, way in zip(FEW, quickest, strict=True) if rows <= most) for rows in range(FEW[-1] + 1)
-    )
-
-
-@functools.cache
-def _quickest(
-    ways: tuple[Way, ...], count: int, rows_out: int, rows_in: int, dtype: torch.dtype, threads: int
-) -> tuple[Way, ...]:
-    """For each number of rows among :data:`FEW`; what costs less is kept unless another takes a tenth less time."""
-    quickest: list[Way] = []
-    with torch.inference_mode():
-        weights = [torch.ones(rows_out, rows_in, dtype=dtype) for _ in range(count)]
-        packed = [pack(weight) for weight in weights] if "packed" in ways else []
-        works: dict[Way, Callable[[Tensor], object]] = {
-            "plain": lambda x: [nn.functional.linear(x, weight) for weight in weights],
-            "turned": lambda x: [turned_product(x, weight, None) for weight in weights],
-            "packed": lambda x: [packed_product(x, weight, None) for weight in packed],
-        }
-        for rows in FEW:
-            seconds = _seconds([works[way] for way in ways], torch.ones(1, rows, rows_in, dtype=dtype))
-            best = 0
-            for index in range(1, len(ways)):
-                if seconds[index] < 0.9 * seconds[best]:
-                    best = index
-            quickest.append(ways[best])
-    return tuple(quickest)
-
-
-@functools.cache
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build of torch and this processor have packed products of a type."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    try:
-        with torch.inference_mode():
-            packed_product(torch.ones(1, 1, 64, dtype=dtype), pack(torch.ones(64, 64, dtype=dtype)), None)
-    except (AttributeError, RuntimeError):
-        return False
-    return True
-
-
-def _free_memory() -> int:
-    """Bytes that this process may still take, as far as the system tells; 0 where it does not."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return 0
-    try:  # a container's own bound
-        group = Path("/sys/fs/cgroup")
-        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        bound = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        bound += int(told["inactive_file"])  # pages of files, which make room
-    except (OSError, KeyError, ValueError):
-        return free
-    return min(free, bound)
-
-
-def _seconds(works: Sequence[Callable[[Tensor], object]], x: Tensor, rounds: int = 5) -> list[float]:
-    """The least time that each took, in turn, so that a busy moment of the machine hits all alike; who took twice the
-    time of another in the second round is asked no more.
-    """
-    least = [float("inf")] * len(works)
-    for number in range(rounds):
-        for index, work in enumerate(works):
-            if number < 2 or least[index] < 2 * min(least):
-                started = time.perf_counter()
-                work(x)
-                least[index] = min(least[index], time.perf_counter() - started)
-    return least

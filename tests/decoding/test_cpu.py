@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefmw.alignment import nucleus
-from prefmw.decoding import attention, linears
+from prefmw.decoding import attention, products
 from prefmw.decoding.backbone import Backbone, Row
-from prefmw.decoding.linears import FEW, pack, packed_product, turned_product
+from prefmw.decoding.products import FEW, pack, packed_product, turned_product
 from prefmw.decoding.sampling import LIKELY, _candidates
 from prefmw.decoding.threads import dismiss_helpers
 from tests.decoding.families import VOCABULARY, family
@@ -25,11 +25,11 @@ from tests.decoding.test_scheduling import REQUESTS, Counter, reply
 NARROW = {"atol": 0.1, "rtol": 0.05}  # bfloat16 of logits up to 3, summed in another order
 
 
-packs = pytest.mark.skipif(not linears._can_pack(torch.float32), reason="no packed products on this machine")
+packs = pytest.mark.skipif(not products.can_pack(torch.float32), reason="no packed products on this machine")
 
 
 def force(monkeypatch, way):
-    monkeypatch.setattr(linears, "_quickest_ways", lambda layers, pack: (way,) * (FEW[-1] + 1))
+    monkeypatch.setattr(products, "quickest_ways", lambda layers, pack: (way,) * (FEW[-1] + 1))
 
 
 @packs
@@ -61,19 +61,44 @@ def test_a_model_gives_the_same_logits_every_way(monkeypatch, name, way):
 
 
 @packs
-def test_adapters_act_on_packed_products_too(monkeypatch):
+@pytest.mark.parametrize("plentiful", [True, False], ids=["packed with the weights", "added"])
+@pytest.mark.parametrize("readers", [(1,), (0, 1), (0, 2), (0, 1, 3)], ids=["one", "first", "every other", "uneven"])
+def test_adapters_act_on_packed_products_too(monkeypatch, readers, plentiful):
     force(monkeypatch, "packed")
-    backbone, reference = Backbone(family("llama"), vocabulary=VOCABULARY), family("llama")
+    backbone, plain, changed = Backbone(family("llama"), vocabulary=VOCABULARY), family("llama"), family("llama")
     adapter = lora(backbone.model, layers=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    if not plentiful:
+        monkeypatch.setattr(products, "free_memory", lambda: 1000)
+    packed = backbone.linears.packed_bytes()
     backbone.linears.add("all", adapter)
+    assert (backbone.linears.packed_bytes() > packed) == plentiful
     for layer, (down, up) in adapter.matrices.items():
-        reference.get_submodule(layer).weight.data += up @ down
-    text = list(range(5, 20))
-    rows = [Row(0, list(text)), Row(1, list(text), adapter="all")]
-    backbone.forward(rows, [14, 14])
-    backbone.forward(rows, [1, 1])
-    torch.testing.assert_close(rows[0].logits, whole(family("llama"), text), atol=2e-4, rtol=2e-4)
-    torch.testing.assert_close(rows[1].logits, whole(reference, text), atol=5e-4, rtol=5e-4)
+        changed.get_submodule(layer).weight.data += up @ down
+    texts = [list(range(5 + number, 20 + number)) for number in range(4)]
+    rows = [Row(slot, list(text), adapter="all" if slot in readers else None) for slot, text in enumerate(texts)]
+    backbone.forward(rows, [13] * 4)
+    backbone.forward(rows, [2] * 4)
+    for row, text in zip(rows, texts, strict=True):
+        model = changed if row.adapter else plain
+        torch.testing.assert_close(row.logits, whole(model, text), atol=5e-4, rtol=5e-4)
+
+
+@packs
+def test_adapters_of_two_kinds_share_a_forward_on_packed_products(monkeypatch):
+    force(monkeypatch, "packed")
+    model, text = family("llama"), list(range(5, 20))
+    backbone = Backbone(model, vocabulary=VOCABULARY)
+    adapters = {name: lora(model, seed=seed) for seed, name in enumerate(("one", "other"))}
+    for name, adapter in adapters.items():
+        backbone.linears.add(name, adapter)
+    rows = [Row(slot, list(text), adapter=name) for slot, name in enumerate((None, *adapters))]
+    backbone.forward(rows, [14] * 3)
+    backbone.forward(rows, [1] * 3)
+    for row in rows:
+        reference = family("llama")
+        for layer, (down, up) in adapters[row.adapter].matrices.items() if row.adapter else ():
+            reference.get_submodule(layer).weight.data += up @ down
+        torch.testing.assert_close(row.logits, whole(reference, text), atol=5e-4, rtol=5e-4)
 
 
 @packs
@@ -84,9 +109,9 @@ def test_packed_weights_are_shared_by_engines_and_go_with_the_last(monkeypatch):
     assert all(first.linears._packed[name] is packed for name, packed in second.linears._packed.items())
     assert first.linears.packed_bytes() > 0
     first.release()
-    assert model.lm_head in linears._packs
+    assert model.lm_head in products._packs
     second.release()
-    assert model.lm_head not in linears._packs
+    assert model.lm_head not in products._packs
     model.lm_head.weight.data *= 2.0  # what was trained since
     third = Backbone(model, vocabulary=VOCABULARY)
     row = Row(0, list(text))
@@ -98,11 +123,11 @@ def test_packed_weights_are_shared_by_engines_and_go_with_the_last(monkeypatch):
 @pytest.mark.parametrize("free", [1000, 1 << 40])
 def test_weights_are_packed_where_memory_is_plentiful(monkeypatch, free):
     tried = []
-    monkeypatch.setattr(linears, "_free_memory", lambda: free)
-    monkeypatch.setattr(linears, "_can_pack", lambda dtype: True)
-    monkeypatch.setattr(linears, "_quickest", lambda ways, *rest: tried.append(ways) or ("plain",) * len(FEW))
+    monkeypatch.setattr(products, "free_memory", lambda: free)
+    monkeypatch.setattr(products, "can_pack", lambda dtype: True)
+    monkeypatch.setattr(products, "_quickest", lambda ways, *rest: tried.append(ways) or ("plain",) * len(FEW))
     for allowed in (True, False):
-        assert len(linears._quickest_ways([torch.nn.Linear(64, 64)], allowed)) == FEW[-1] + 1
+        assert len(products.quickest_ways([torch.nn.Linear(64, 64)], allowed)) == FEW[-1] + 1
     assert tried == [("plain", "turned", "packed") if free > 1000 else ("plain", "turned"), ("plain", "turned")]
 
 
@@ -180,7 +205,7 @@ def test_the_attention_that_a_model_had_comes_back_with_the_last_engine():
 
 
 def test_whoever_uses_the_model_beside_an_engine_gets_its_own_numbers_to_the_bit(monkeypatch):
-    force(monkeypatch, "packed" if linears._can_pack(torch.bfloat16) else "turned")
+    force(monkeypatch, "packed" if products.can_pack(torch.bfloat16) else "turned")
     model = family("gpt_neox").bfloat16()
     ids = torch.tensor([list(range(5, 20))])
     with torch.inference_mode():

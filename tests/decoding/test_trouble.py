@@ -286,7 +286,7 @@ def test_two_engines_on_one_model_do_not_disturb_each_other(model, engine):
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_engines_on_one_model_leave_nothing_in_whatever_order_they_close(model, monkeypatch, first):
-    monkeypatch.setattr("prefmw.decoding.linears._quickest_ways", lambda layers, pack: ("plain", "turned", "turned"))
+    monkeypatch.setattr("prefmw.decoding.products.quickest_ways", lambda layers, pack: ("plain", "turned", "turned"))
     engines = [Engine(model, capacity=256, vocabulary=VOCABULARY) for _ in range(2)]
     assert reply(engines[0], PLAIN) == reply(engines[1], PLAIN)
     engines[first].close()
