@@ -22,15 +22,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from prefmw.decoding.underway import under_way
+
 OURS, USUAL = "prefmw_single", "sdpa"
-
-
-class _UnderWay(threading.local):
-    on = False
-
-
-under_way = _UnderWay()
-"""Whether this thread's forward is an engine's."""
 
 _changing = threading.Lock()
 _users: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -51,8 +45,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What queries (R, H, N, D) see of keys and values (R, H, T, D), a mask (R, 1, N, T) added: (R, N, H, D)."""
     more = {"scaling": scaling, "position_bias": position_bias, "softcap": softcap, **kwargs}
-    usual = position_bias is None and softcap is None
-    if attention_mask is None or not (under_way.on and usual and query.shape[2] == 1):
+    ours = under_way.owner is not None and query.shape[2] == 1 and position_bias is None and softcap is None
+    if attention_mask is None or not ours:
         whole: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **more)[0]
         return whole, None
     if not (key.is_contiguous() and value.is_contiguous()):

@@ -6,7 +6,6 @@ to it as positions, masks and hooks.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from prefmw.decoding import attention
 from prefmw.decoding.graphs import StepGraphs
 from prefmw.decoding.linears import GatedLinears
 from prefmw.decoding.slots import SlotCache, States, masks
+from prefmw.decoding.underway import forward_of, under_way
 from prefmw.errors import ModelError
 
 
@@ -44,13 +44,6 @@ class Row:
 
 Read = tuple[Sequence[int], Sequence[int]]
 """A context and a reply to it, as token ids."""
-
-
-class _UnderWay(threading.local):
-    """What the hook on the head needs to know of this thread's forward; other threads may use the model besides."""
-
-    places: Tensor | None = None
-    scale: Tensor | None = None
 
 
 class Backbone:
@@ -80,7 +73,6 @@ class Backbone:
         self.exact = exact_positions(model)
         self._dtype: torch.dtype = model.dtype
         self._layers = int(model.config.get_text_config().num_hidden_layers)
-        self._under_way = _UnderWay()
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings to read logits from")
@@ -140,16 +132,13 @@ class Backbone:
         Returns:
             For each, (T,), float32, on the CPU.
         """
-        whole = [[*context, *reply] for context, reply in pairs]
-        width, longest = max(map(len, whole)), max(len(reply) for _, reply in pairs)
-        tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in whole], device=self.device)  # (R, N)
+        texts = [[*context, *reply] for context, reply in pairs]
+        width, longest = max(map(len, texts)), max(len(reply) for _, reply in pairs)
+        tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in texts], device=self.device)  # (R, N)
         first = torch.tensor([len(context) - 1 for context, _ in pairs], device=self.device)
         places = (first.unsqueeze(1) + torch.arange(longest, device=self.device)).clamp(max=width - 1)  # (R, T)
-        self._under_way.places = places
-        try:  # attention is causal: no token looks at the padding behind a row
+        with forward_of(self, places):  # attention is causal: no token looks at the padding behind a row
             logits = self.model(input_ids=tokens, use_cache=False).logits[..., : self.vocabulary].float()
-        finally:
-            self._under_way.places = None
         said = tokens.gather(1, (places + 1).clamp(max=width - 1))
         found = logits.gather(2, said.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)  # (R, T)
         return [row[: len(reply)].cpu() for row, (_, reply) in zip(found, pairs, strict=True)]
@@ -205,21 +194,18 @@ class Backbone:
             Logits (R, V), float32.
         """
         visible = masks(at, reach, self._dtype, self.windows)
-        try:
-            self._under_way.places, self._under_way.scale = last.unsqueeze(1), scale
-            self.linears.begin(gates)
-            attention.under_way.on = True
-            output = self.model(
-                input_ids=tokens,
-                attention_mask=visible if len(visible) > 1 else next(iter(visible.values())),
-                position_ids=at.masked_fill(at >= used, 0),
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-        finally:
-            self._under_way.places = self._under_way.scale = None
-            attention.under_way.on = False
-            self.linears.end()
+        with forward_of(self, last.unsqueeze(1), scale):
+            try:
+                self.linears.begin(gates)
+                output = self.model(
+                    input_ids=tokens,
+                    attention_mask=visible if len(visible) > 1 else next(iter(visible.values())),
+                    position_ids=at.masked_fill(at >= used, 0),
+                    past_key_values=self.cache,
+                    use_cache=True,
+                )
+            finally:
+                self.linears.end()
         logits: Tensor = output.logits[:, -1, : self.vocabulary].float()
         return logits
 
@@ -236,8 +222,8 @@ class Backbone:
         neither padding nor the prompt's other tokens cost a head, whatever the architecture does to its logits
         afterwards.
         """
-        places, scale = self._under_way.places, self._under_way.scale
-        if places is None:
+        places, scale = under_way.places, under_way.scale
+        if under_way.owner is not self or places is None:
             return None
         (hidden,) = inputs
         hidden = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
