@@ -18,7 +18,8 @@ from prefmw.decoding.graphs import StepGraphs
 from prefmw.decoding.linears import GatedLinears
 from prefmw.decoding.slots import SlotCache, States, masks
 from prefmw.decoding.underway import forward_of, under_way
-from prefmw.errors import ModelError
+from prefmw.decoding.values import whole
+from prefmw.errors import ModelError, UsageError
 
 
 @dataclass(eq=False)
@@ -58,16 +59,18 @@ class Backbone:
         windows: the kinds of its attention layers with their sliding windows, ``None`` for none.
         exact: the tokens up to which rows of any length can share its positions; ``None`` for no such bound.
         width: size of its hidden states.
+        read: token ids below it can be read.
         cache: the rows' keys and values.
         linears: its linear layers, where adapters are added.
 
     Raises:
         ModelError: its attention or cache is of a kind that slots cannot hold.
+        UsageError: ``vocabulary`` is not a number of tokens that it has.
     """
 
     def __init__(self, model: Any, *, vocabulary: int, pack: bool = True) -> None:
         self.model = model
-        self.vocabulary = vocabulary
+        self.vocabulary = whole("vocabulary", vocabulary, least=1)
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.windows = attention_windows(model)
         self.exact = exact_positions(model)
@@ -77,7 +80,9 @@ class Backbone:
         if head is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings to read logits from")
         self.width = int(head.weight.shape[1])
-        self.read = int(model.get_input_embeddings().weight.shape[0])  # ids below it can be read
+        self.read = int(model.get_input_embeddings().weight.shape[0])
+        if vocabulary > (tokens := min(self.read, int(head.weight.shape[0]))):
+            raise UsageError(f"a vocabulary of {vocabulary} tokens exceeds the {tokens} of {type(model).__name__}")
         self.linears = GatedLinears(model, pack=pack)
         self._own_attention = attention.use_on(model, self.device)
         self.graphs = StepGraphs(self) if self.device.type == "cuda" else None
@@ -230,6 +235,12 @@ class Backbone:
         if scale is not None:
             hidden = hidden * scale.unsqueeze(1).to(hidden.dtype)
         return (hidden,)
+
+
+def most_positions(model: Any) -> int | None:
+    """The tokens that a model has positions for, as its configuration tells; ``None`` for no such bound."""
+    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(declared) if declared and declared > 0 else None
 
 
 def exact_positions(model: Any) -> int | None:

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Literal
 
-from prefmw.errors import EngineError, PrefmwError
+from prefmw.errors import EngineError, PrefmwError, UsageError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Generation:
     """A reply in the making. Iterate it for token ids; leaving its ``with`` block cancels what is left.
+
+    It is read once, from any thread: a later iteration goes on where the last one stopped. Who reads while another
+    thread waits for the next token gets a UsageError; each token goes to one reader.
 
     ``finish_reason`` is set once the iteration ends: ``stop`` (an end token, which is not among the ids), ``length``
     (max_tokens reached) or ``cancelled``. An exception of the engine is raised to whoever iterates.
@@ -29,6 +32,7 @@ class Generation:
         self.ended_at: float | None = None
         self._events: queue.SimpleQueue[int | FinishReason | PrefmwError] = queue.SimpleQueue()
         self._cancelled = threading.Event()
+        self._read = threading.Lock()  # by one at a time
 
     def cancel(self) -> None:
         """Ask the engine to stop; the iteration ends at the next token. Safe from any thread, more than once."""
@@ -50,15 +54,25 @@ class Generation:
         return _span(self.first_token_at, self.ended_at or time.perf_counter())
 
     def __iter__(self) -> Iterator[int]:
-        while self.finish_reason is None:
-            event = self._events.get()
-            if isinstance(event, int):
-                yield event
-            elif isinstance(event, PrefmwError):
-                self.finish_reason = "cancelled"
-                raise event
-            else:
-                self.finish_reason = event
+        while (token := self._next()) is not None:
+            yield token
+
+    def _next(self) -> int | None:
+        """The next token; ``None`` where the reply has ended."""
+        if not self._read.acquire(blocking=False):
+            raise UsageError(
+                "this reply is being read by another thread; read it in one place, and hand its tokens on from there"
+            )
+        try:
+            event = self._events.get() if self.finish_reason is None else None
+            if event is None or isinstance(event, int):
+                return event
+            self.finish_reason = "cancelled" if isinstance(event, PrefmwError) else event
+        finally:
+            self._read.release()
+        if isinstance(event, PrefmwError):
+            raise event
+        return None
 
     def __enter__(self) -> Generation:
         return self
@@ -98,4 +112,7 @@ def _span(start: float | None, end: float | None) -> float:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    try:
+        return " ".join(str(error).split())[:300]
+    except BaseException:  # its own text fails
+        return "without a message that can be read"

@@ -1,17 +1,20 @@
-"""What the engine is asked: views, how to combine them, how to sample, when to stop. Token ids and numbers only."""
+"""What the engine is asked: views, how to combine them, how to sample, when to stop. Token ids and numbers only.
+
+What can be told without a model is checked when one of these is made; that a request fits the engine's models, when it
+is submitted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from prefmw.alignment import Combiner
+from prefmw.decoding.values import number, token_ids, whole, wrong_matrix
 from prefmw.errors import UsageError
-
-MAX_SEED = 2**63 - 1
-
 
 BASE = "base"
 """The backbone that every engine has."""
@@ -22,11 +25,15 @@ class View:
     """One reading of the reply.
 
     Attributes:
-        context: what stands in front of the reply, as token ids (at least one).
+        context: what stands in front of the reply, as token ids (at least one). A copy is kept.
         backbone: which of the engine's models reads it.
         adapter: the LoRA that it is read with, one that the backbone knows; ``None`` for the model as it is.
-        head_scale: (D,), multiplied into the last hidden state before the head; ``None`` for none.
+        head_scale: (D,), finite floats multiplied into the last hidden state before the head; ``None`` for none.
         advance: what this view reads when a token was sampled, any number of its own tokens; ``None`` for that token.
+            The engine's worker calls it once a token, and waits for it.
+
+    Raises:
+        UsageError: one of them is of another kind.
     """
 
     context: Sequence[int]
@@ -35,13 +42,25 @@ class View:
     head_scale: Tensor | None = None
     advance: Callable[[int], Sequence[int]] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "context", token_ids("a view's context", self.context))
+        _require("a view's backbone", self.backbone, str, "a name")
+        _require("a view's adapter", self.adapter, str | None, "a name or None")
+        if self.advance is not None and not callable(self.advance):
+            raise UsageError(f"an advance rule is a function, got {type(self.advance).__name__}")
+        if self.head_scale is not None and (got := wrong_matrix(self.head_scale, (None,))) is not None:
+            raise UsageError(f"a head scale is a tensor of finite floats of the shape (D,), got {got}")
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn and when to stop.
 
     ``temperature`` 0 is greedy. ``top_p`` up to 1 and ``top_k`` (``None`` for no bound) bound the rule's distribution,
-    not the aligned one (:mod:`prefmw.alignment.candidates`). The same ``seed`` gives the same reply.
+    not the aligned one (:mod:`prefmw.alignment.candidates`). The same ``seed``, up to 2**63 - 1, gives the same reply.
+
+    Raises:
+        UsageError: a number out of its range.
     """
 
     temperature: float
@@ -51,33 +70,27 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "seed", "top_k"):
-            value = getattr(self, name)
-            is_whole = isinstance(value, int) and not isinstance(value, bool)
-            if not is_whole and not (name == "top_k" and value is None):
-                raise UsageError(f"{name.replace('_', '-')} is a whole number, got {type(value).__name__}")
-        for name in ("temperature", "top_p"):
-            if not isinstance(getattr(self, name), int | float):
-                got = type(getattr(self, name)).__name__
-                raise UsageError(f"{name.replace('_', '-')} is a number, got {got}")
-        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
-            raise UsageError(f"temperature is 0 (greedy) or lies in [0.01, 100], got {self.temperature:g}")
-        if not 1e-6 <= self.top_p <= 1:
-            raise UsageError(f"top-p lies in [0.000001, 1], got {self.top_p:g}")
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top-k is at least 1, got {self.top_k}; leave it out for no bound")
-        if self.max_tokens < 1:
-            raise UsageError(f"max-tokens is at least 1, got {self.max_tokens}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UsageError(f"seed lies in [0, {MAX_SEED}], got {self.seed}")
+        temperature, top_p = number("temperature", self.temperature), number("top-p", self.top_p)
+        if temperature != 0 and not 0.01 <= temperature <= 100:
+            raise UsageError(f"temperature is 0 (greedy) or lies in [0.01, 100], got {temperature:g}")
+        if not 1e-6 <= top_p <= 1:
+            raise UsageError(f"top-p lies in [0.000001, 1], got {top_p:g}")
+        if self.top_k is not None:
+            whole("top-k", self.top_k, least=1, hint="; leave it out for no bound")
+        whole("max-tokens", self.max_tokens, least=1)
+        whole("seed", self.seed)
 
 
 @dataclass(frozen=True)
 class Request:
     """One reply to decode: its views, the combiner that joins them, and that combiner's parameters for this request.
 
-    What its views have read is kept for the next request of the same ``owner``, and for nobody else; of a request
-    without an owner nothing is kept.
+    Requests of the very same combiner are combined by one call of it, in the engine's worker; so it must not wait for
+    the engine. What its views have read is kept for the next request of the same ``owner``, and for nobody else; of a
+    request without an owner nothing is kept.
+
+    Raises:
+        UsageError: one of them is of another kind.
     """
 
     views: tuple[View, ...]
@@ -86,3 +99,38 @@ class Request:
     parameters: tuple[float, ...] = ()
     stop_ids: frozenset[int] = field(default_factory=frozenset)
     owner: str | None = None
+
+    def __post_init__(self) -> None:
+        views = _several("a request's views", self.views)
+        for view in views:
+            _require("each view of a request", view, View, "a View")
+        if not callable(self.combiner):
+            raise UsageError(f"a combiner is a function, got {type(self.combiner).__name__}")
+        _require("a request's sampling", self.sampling, Sampling, "a Sampling")
+        _require("a request's owner", self.owner, str | None, "a name or None")
+        parameters = [
+            number("a combiner's parameter", one) for one in _several("a request's parameters", self.parameters)
+        ]
+        object.__setattr__(self, "views", views)
+        object.__setattr__(self, "parameters", tuple(parameters))
+        object.__setattr__(self, "stop_ids", _stop_ids(self.stop_ids))
+
+
+def _require(what: str, value: object, kind: type | object, expected: str) -> None:
+    if not isinstance(value, kind):  # type: ignore[arg-type]
+        raise UsageError(f"{what} is {expected}, got {type(value).__name__}")
+
+
+def _several(what: str, values: object) -> tuple[object, ...]:
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray):
+        raise UsageError(f"{what} are a tuple, got {type(values).__name__}")
+    return tuple(values)
+
+
+def _stop_ids(ids: object) -> frozenset[int]:
+    try:
+        if isinstance(ids, Collection):
+            return frozenset(map(operator.index, ids))
+    except TypeError:
+        pass
+    raise UsageError(f"stop ids are a set of token ids, got {type(ids).__name__}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,20 @@ class Bounds(NamedTuple):
         )
 
 
+def random_numbers(seed: int) -> Iterator[float]:
+    """One request's numbers in [0, 1), for ever: others for every seed.
+
+    torch's generator reads the lower 32 bits of a seed. The upper ones, where there are any, seed a second generator,
+    whose numbers are added modulo 1; it runs one number ahead, so that the halves of a seed cannot change places.
+    """
+    generators = [torch.Generator().manual_seed(seed % 2**32)]
+    if seed >> 32:
+        generators.append(torch.Generator().manual_seed(seed >> 32))
+        torch.rand((), generator=generators[1], dtype=torch.float64)
+    while True:
+        yield sum(float(torch.rand((), generator=one, dtype=torch.float64)) for one in generators) % 1.0
+
+
 def draw(combined: Combined, bounds: Bounds, uniforms: Tensor) -> list[int]:
     """The next token of each of B requests.
 
@@ -54,6 +68,10 @@ def draw(combined: Combined, bounds: Bounds, uniforms: Tensor) -> list[int]:
     Raises:
         EngineError: a combiner gave NaN or +inf, or excluded everything.
     """
+    most = torch.stack([combined.rule.amax(dim=1), combined.logits.amax(dim=1)]).cpu()
+    for whose, excludes in zip(("rule", "logits"), most.isneginf().any(dim=1).tolist(), strict=True):
+        if excludes:
+            raise EngineError(f"the combiner excludes every token: its {whose} are -inf everywhere")
     order, rule, aligned, keep, whole = _likely(combined, bounds)
     places = _pick(rule, aligned, keep, bounds.temperature, uniforms)
     tokens = order.gather(1, places.unsqueeze(1)).squeeze(1)
@@ -112,7 +130,7 @@ def _pick(rule: Tensor, aligned: Tensor, keep: Tensor, temperature: Tensor, unif
         bounded = torch.where(most.isneginf().unsqueeze(1) & keep, rule, bounded)
         most = bounded.amax(dim=1)
     if not bool((most.isfinite() & (rule.amax(dim=1) < torch.inf)).all()):
-        raise EngineError("the combined logits hold NaN or infinity, or exclude every token")
+        raise EngineError("the combined logits hold NaN or infinity")
     heat = torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
     running = ((bounded - most.unsqueeze(1)) / heat).exp().cumsum(dim=1, dtype=torch.float64)
     places = torch.searchsorted(running, uniforms.unsqueeze(1) * running[:, -1:], right=True).squeeze(1)

@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prefmw.alignment import Combined, combine_linear, combine_plain
-from prefmw.decoding import Engine, Request, Sampling, View
-from prefmw.decoding import engine as engine_module
+from prefmw.decoding import Engine, Request, Sampling, View, scheduler
 from prefmw.errors import EngineError, UsageError
 from tests.decoding.conftest import VOCABULARY
 from tests.decoding.test_engine import GREEDY, naive_linear, sampling
@@ -72,7 +71,7 @@ SCHEDULES = st.lists(
 @given(schedule=SCHEDULES, chunk=st.sampled_from([5, 40, 256]))
 def test_replies_are_the_same_whoever_joins_and_leaves(engine, expected, schedule, chunk):
     """``schedule``: after how many tokens of a first reply who joins, and after how many of their own they cancel."""
-    engine_module.CHUNK["cpu"] = chunk
+    scheduler.CHUNK["cpu"] = chunk
     joined, steps = [], itertools.count()
 
     def conduct(views, parameters):
@@ -81,7 +80,7 @@ def test_replies_are_the_same_whoever_joins_and_leaves(engine, expected, schedul
         return combine_plain(views, parameters)
 
     reply(engine, Request((View(TEXT[:9]),), conduct, sampling(max_tokens=26)))
-    engine_module.CHUNK["cpu"] = 256
+    scheduler.CHUNK["cpu"] = 256
     assert len(joined) == len(schedule)
     for generation, which, leaves in joined:
         if leaves is None:
@@ -121,7 +120,7 @@ def test_all_views_of_all_users_are_rows_of_one_forward_a_step(model, engine):
 
 
 def test_a_long_prompt_is_read_in_chunks_between_the_tokens_of_others(model, engine, monkeypatch):
-    monkeypatch.setitem(engine_module.CHUNK, "cpu", 20)
+    monkeypatch.setitem(scheduler.CHUNK, "cpu", 20)
     order: list[tuple[int, int]] = []
 
     def joins(views, parameters):
@@ -142,7 +141,7 @@ def test_a_long_prompt_is_read_in_chunks_between_the_tokens_of_others(model, eng
 
 
 def test_a_short_prompt_does_not_wait_behind_a_long_one(engine, monkeypatch):
-    monkeypatch.setitem(engine_module.CHUNK, "cpu", 10)
+    monkeypatch.setitem(scheduler.CHUNK, "cpu", 10)
     long = engine.submit(Request((View(TEXT[:230]),), combine_plain, sampling(max_tokens=2)))
     short = engine.submit(Request((View(TEXT[:6]),), combine_plain, sampling(max_tokens=2)))
     list(long), list(short)

@@ -42,18 +42,9 @@ def test_what_the_model_cannot_read_is_refused(engine, view, message):
         engine.submit(Request((view,), combine_plain, GREEDY))
 
 
-def test_an_unknown_adapter_and_a_combiner_that_cannot_be_compared_are_refused(engine):
+def test_an_unknown_adapter_is_refused(engine):
     with pytest.raises(ModelError, match="no adapter 'x' on this model; there is none"):
         engine.submit(Request((View([5], adapter="x"),), combine_plain, GREEDY))
-
-    class Unhashable:
-        __hash__ = None
-
-        def __call__(self, views, parameters):
-            return combine_plain(views, parameters)
-
-    with pytest.raises(UsageError, match="a combiner is hashable"):
-        engine.submit(Request((View([5]),), Unhashable(), GREEDY))
 
 
 def test_a_second_adapter_of_the_same_name_is_refused(model, engine):
@@ -142,9 +133,9 @@ def test_an_out_of_memory_while_the_cache_grows_costs_nobody_a_token(model, engi
 
 
 def test_rows_come_back_after_an_out_of_memory(model, monkeypatch):
-    from prefmw.decoding import engine as engine_module
+    from prefmw.decoding import scheduler
 
-    monkeypatch.setattr(engine_module, "PATIENCE", 10)
+    monkeypatch.setattr(scheduler, "PATIENCE", 10)
     engine = Engine(model, capacity=256, vocabulary=VOCABULARY)
     failed = []
 
