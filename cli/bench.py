@@ -12,6 +12,9 @@ from prefmw.cli.options import JsonOption
 from prefmw.cli.output import print_json, print_table, progress, progress_bar
 from prefmw.errors import UsageError
 
+MOST = 100_000
+"""Of users, or of tokens of context, that can be asked for."""
+
 app = typer.Typer(help="What steering and remembering cost, measured.", no_args_is_help=True)
 
 
@@ -35,24 +38,34 @@ def decode(
     """Time decoding: every method beside transformers' generate, two forwards a token, and classifier-free guidance."""
     import torch
 
-    from prefmw.evaluation.decode_speed import check_methods, check_shape, measure, one_by_one, random_model
+    from prefmw.evaluation.decode_speed import (
+        check_context,
+        check_methods,
+        check_shape,
+        measure,
+        one_by_one,
+        random_model,
+    )
+    from prefmw.models.chat_model import find_device
 
     if (model is None) == (shape is None):
         raise UsageError("name either --model or --shape")
     if shape is not None:
         check_shape(shape)
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    dtypes = dtype or (["bfloat16"] if device.startswith("cuda") else ["float32"])
+    names = _listed(methods, "methods")
+    device = str(find_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device))
+    dtypes = _once(dtype or (["bfloat16"] if device.startswith("cuda") else ["float32"]), "dtype")
     cases = [(count, length) for count in _numbers(users, "users") for length in _numbers(context, "context")]
     check_methods(names)
     kinds = [_dtype(kind) for kind in dtypes]
     rows: list[dict[str, Any]] = []
     with progress_bar() as bar:
-        ways = len(dict.fromkeys(("none", *names))) + 3
+        ways = len({"none", *names}) + 3
         task = bar.add_task("decoding", total=len(dtypes) * len(cases) * rounds * ways)
         for kind, dtype_ in zip(dtypes, kinds, strict=True):
             module = _load(model, kind, device) if model else random_model(str(shape), dtype_, device)
+            for _, length in cases:
+                check_context(module, length, tokens)
             for count, length in cases:
                 rows += measure(
                     module,
@@ -63,7 +76,7 @@ def decode(
                     rounds=rounds,
                     progress=lambda: bar.advance(task),
                 )
-                for name in dict.fromkeys(names) if count > 1 else ():
+                for name in names if count > 1 else ():
                     together = one_by_one(module, name, users=count, context=length, tokens=tokens, rounds=rounds)
                     next(row for row in reversed(rows) if row["method"] == name).update(together)
             del module
@@ -140,14 +153,25 @@ def _dtype(name: str) -> Any:
     return known[name]
 
 
+def _listed(text: str, what: str) -> list[str]:
+    """What an option joins by commas, each once and none empty."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"--{what} joins its values by commas and leaves none empty, got '{text[:40]}'")
+    return _once(parts, what)
+
+
+def _once(parts: list[Any], what: str) -> list[Any]:
+    if twice := [part for part in parts if parts.count(part) > 1]:
+        raise UsageError(f"--{what} names {twice[0]} twice; name each once")
+    return parts
+
+
 def _numbers(text: str, what: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise UsageError(f"--{what} takes whole numbers from 1, joined by commas, got '{text[:40]}'")
-    return numbers
+    parts = _listed(text, what)
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 and 0 < int(part) <= MOST for part in parts):
+        raise UsageError(f"--{what} takes whole numbers from 1 to {MOST}, joined by commas, got '{text[:40]}'")
+    return _once([int(part) for part in parts], what)
 
 
 def _against_fastest_plain(rows: list[dict[str, Any]]) -> None:

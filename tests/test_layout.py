@@ -75,7 +75,7 @@ ARROWS = {
     "prefmw.preferences": (),
     "prefmw.alignment": (),
     "prefmw.decoding": ("prefmw.alignment",),
-    "prefmw.models": ("prefmw.preferences",),
+    "prefmw.models": ("prefmw.preferences", "prefmw.at_hand"),
     "prefmw.training": ("prefmw.preferences", "prefmw.models"),
     "prefmw.evaluation": (
         "prefmw.preferences",
@@ -90,6 +90,7 @@ ARROWS = {
     "prefmw.settings": ("prefmw.preferences",),
     "prefmw.errors": (),
     "prefmw.embedded": (),
+    "prefmw.at_hand": ("prefmw.embedded",),
     "prefmw.reply": ("prefmw.preferences", "prefmw.decoding", "prefmw.models"),
     "prefmw.personalizer": (
         "prefmw.preferences",

@@ -8,7 +8,8 @@ Ways of decoding one reply, all sampled with the same temperature and nucleus:
 - ``two-forward``: Linear Alignment as its authors' released code does it, two forwards a token, one after the other.
 - ``cfg``: transformers' classifier-free guidance (``guidance_scale``), the same contrast in another form.
 
-Several users are requests submitted together (ours), or a batch (theirs). What the engine does to a model's products
+Several users are requests submitted together (ours), or a batch (theirs); what a token takes is seen while all of them
+reply, which ours do once their contexts are parked. What the engine does to a model's products
 and attention acts in its own forwards alone, so the other ways compute what transformers does as it comes.
 """
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from prefmw.alignment import combine_drift, combine_linear, combine_pad, combine_plain, nucleus, restrict, scaled
-from prefmw.decoding import Adapter, Engine, Request, Sampling, View
+from prefmw.decoding import Adapter, Engine, Generation, Request, Sampling, View
 from prefmw.errors import UsageError
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -69,7 +70,10 @@ PRINCIPLE = 40
 NEXT = 32
 """Tokens of the user's next turn, for the parked time to the first token."""
 
-METHODS = ("none", "linear", "pad", "drift")
+VIEWS = {"none": 1, "linear": 2, "pad": 2, "drift": 1 + len(DIALS)}
+"""The views of each method's replies: rows of a forward that one user takes."""
+
+METHODS = tuple(VIEWS)
 OTHERS = ("generate", "two-forward", "cfg")
 
 
@@ -94,6 +98,16 @@ def check_methods(names: Sequence[str]) -> None:
     """Raise UsageError for a method that is not among :data:`METHODS`."""
     if unknown := set(names) - set(METHODS):
         raise UsageError(f"no method '{min(unknown)}' to time; choose from {', '.join(METHODS)}")
+
+
+def check_context(model: Any, context: int, tokens: int) -> None:
+    """Raise UsageError for a context that leaves a model no room for two turns' replies."""
+    room = model.config.get_text_config().max_position_embeddings
+    if context + PRINCIPLE + 2 * tokens + NEXT > room:
+        raise UsageError(
+            f"a context of {context} tokens, {PRINCIPLE} of a principle, {NEXT} of a second turn and two replies of "
+            f"{tokens} exceed the model's {room}; lower --context or --tokens"
+        )
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str) -> Any:
@@ -130,9 +144,7 @@ def measure(
     Raises:
         UsageError: a context beyond the model's.
     """
-    config = model.config.get_text_config()
-    if context + PRINCIPLE + 2 * tokens + NEXT > config.max_position_embeddings:
-        raise UsageError(f"a context of {context} tokens and the replies exceed {config.max_position_embeddings}")
+    check_context(model, context, tokens)
     bench = _Bench(model, users=users, context=context, tokens=tokens)
     names = list(dict.fromkeys(("none", *methods)))
     ours = [Way(name, lambda name=name: bench.engine_reply(name)) for name in names]  # type: ignore[misc]
@@ -226,7 +238,14 @@ class _Bench:
 
         self._without, self._with = texts(context), texts(context + PRINCIPLE)
         capacity = model.config.get_text_config().max_position_embeddings
-        self.engine = Engine(model, capacity=capacity, vocabulary=vocabulary, parked_bytes=1 << 40)
+        self.engine = Engine(
+            model,
+            capacity=capacity,
+            vocabulary=vocabulary,
+            queue_size=users,
+            max_rows=users * max(VIEWS.values()),  # nobody waits for another's reply to end
+            parked_bytes=1 << 40,
+        )
         self._scale = torch.linspace(0.9, 1.1, model.config.get_text_config().hidden_size, device=self._device)
         self.engine.add_adapter("persrm", self._random_adapter())
 
@@ -259,28 +278,48 @@ class _Bench:
         return Request((View(steered), policy), combine_pad, sampling, (BETA,), owner=owner)
 
     def engine_reply(self, name: str) -> tuple[float, float, float]:
-        """Milliseconds to the first token and per token after it, and tokens a second, of all users together."""
+        """Milliseconds to the first token and per token after it, and tokens a second, of all users together.
+
+        The prompts of several users are read in turn, so that the first replies may end before the last begin. What a
+        token takes is therefore seen with their contexts parked.
+        """
+        several = len(self._without) > 1
+        ttft, each, rate = self._seen(*self.ask(name, kept=several))
+        if several:
+            _, each, _ = self._seen(*self.ask(name, kept=True))
+            self.engine.forget()
+        return ttft, each, rate
+
+    def ask(self, name: str, *, kept: bool) -> tuple[float, list[Generation]]:
+        """When all users asked, and their replies, which have ended; ``kept`` as below."""
+        requests = self._requests(name, kept)
         started = time.perf_counter()
-        generations = [self.engine.submit(self._request(name, user)) for user in range(len(self._without))]
+        generations = [self.engine.submit(request) for request in requests]
         for generation in generations:
             list(generation)
+        return started, generations
+
+    def _seen(self, started: float, generations: Sequence[Generation]) -> tuple[float, float, float]:
         firsts = [generation.first_token_at or started for generation in generations]
         ended = max(generation.ended_at or started for generation in generations)
         return _figures(started, max(firsts), ended, self._tokens, len(generations))
+
+    def _requests(self, name: str, kept: bool) -> list[Request]:
+        """A method's request of every user, whose contexts are ``kept`` from one time to the next or read anew."""
+        users = range(len(self._without))
+        return [self._request(name, user, owner=f"user {user}" if kept else None) for user in users]
 
     def whole_seconds(self, name: str, *, together: bool, kept: bool) -> float:
         """Seconds for a method's reply to every user, whose contexts are ``kept`` from one time to the next or read
         anew.
         """
-        users = range(len(self._without))
-        requests = [self._request(name, user, owner=f"user {user}" if kept else None) for user in users]
-        started = time.perf_counter()
         if together:
-            for generation in [self.engine.submit(request) for request in requests]:
-                list(generation)
-        else:
-            for request in requests:
-                list(self.engine.submit(request))
+            started, _ = self.ask(name, kept=kept)
+            return time.perf_counter() - started
+        requests = self._requests(name, kept)
+        started = time.perf_counter()
+        for request in requests:
+            list(self.engine.submit(request))
         return time.perf_counter() - started
 
     def parked(self, name: str) -> tuple[float, float]:
@@ -369,7 +408,7 @@ def _memory_mb(model: Any, name: str, **shape: int) -> float:
         before = torch.cuda.memory_allocated()
     bench = _Bench(model, **shape)
     try:
-        bench.engine_reply(name)
+        bench.ask(name, kept=False)
         taken = torch.cuda.max_memory_allocated() - before if on_gpu else bench.engine.cache_bytes()
     finally:
         bench.engine.close()

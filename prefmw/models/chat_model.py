@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from prefmw.at_hand import nearest_model
 from prefmw.errors import ModelError, ModelNotFoundError, PrefmwError, UsageError
 from prefmw.models.templating import ChatTemplate
 
@@ -115,7 +116,7 @@ def load_chat_model(spec: ModelSpec) -> ChatModel:
     check_transformers()
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    device = _device(spec.device)
+    device = find_device(spec.device)
     common: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     weights = dict(common, use_safetensors=True)
     if spec.device_map is not None:
@@ -162,7 +163,12 @@ def check_transformers(installed: str | None = None) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The torch device of that name; ``auto`` is cuda, else mps, else cpu.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
     if name != "auto":
         try:
             device = torch.device(name)
@@ -230,6 +236,7 @@ def _from_hub(name: str, error: OSError) -> PrefmwError:
     """What the hub, or its absence, means: transformers wraps the hub's own exceptions in OSError."""
     from huggingface_hub import constants, errors
 
+    nowhere = f"no model '{name}': no such folder here"
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
@@ -238,12 +245,12 @@ def _from_hub(name: str, error: OSError) -> PrefmwError:
     if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
         return ModelError(f"model '{name}' is gated: accept its terms on the hub, then run: hf auth login")
     if any(isinstance(cause, errors.RepositoryNotFoundError | errors.RevisionNotFoundError) for cause in causes):
-        return ModelNotFoundError(f"no model '{name}': no such folder here, and the hub knows no such id or revision")
+        return ModelNotFoundError(f"{nowhere}, and the hub knows no such id or revision; {nearest_model(name)}")
     if any(isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) for cause in causes):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        return ModelNotFoundError(f"no model '{name}': no such folder here, not in the local cache, and {why}")
+        return ModelNotFoundError(f"{nowhere}, not in the local cache, and {why}; {nearest_model(name)}")
     if any(isinstance(cause, errors.HFValidationError) for cause in causes):
-        return ModelNotFoundError(f"no model '{name}': no such folder here, and no hub id looks like this")
+        return ModelNotFoundError(f"{nowhere}, and no hub id looks like this; {nearest_model(name)}")
     return ModelError(f"model '{name}' could not be had from the hub: {_one_line(error)}")
 
 

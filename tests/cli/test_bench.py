@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from prefmw.cli import bench
+from prefmw.evaluation.decode_speed import METHODS, VIEWS, _Bench
 
 BLOCKED = "sqlalchemy alembic pydantic_settings langchain_core langchain sentence_transformers matplotlib"
 
@@ -46,15 +51,71 @@ def test_every_way_is_timed_beside_every_other(prefmw, toy):
         ([], "either --model or --shape"),
         (["--shape", "nowhere"], "there is 60m"),
         (["--shape", "60m", "--methods", "dpa"], "no method 'dpa' to time"),
+        (["--shape", "60m", "--methods", ""], "--methods joins its values by commas and leaves none empty"),
+        (["--shape", "60m", "--methods", "none,pad,none"], "--methods names none twice"),
         (["--shape", "60m", "--users", "none"], "--users takes whole numbers"),
+        (["--shape", "60m", "--users", "0"], "--users takes whole numbers from 1"),
+        (["--shape", "60m", "--users", "9" * 5000], "--users takes whole numbers"),
+        (["--shape", "60m", "--users", "1,,2"], "--users joins its values by commas and leaves none empty"),
+        (["--shape", "60m", "--users", "2,02"], "--users names 2 twice"),
+        (["--shape", "60m", "--context", "64,64"], "--context names 64 twice"),
+        (["--shape", "60m", "--dtype", "float32", "--dtype", "float32"], "--dtype names float32 twice"),
+        (["--shape", "60m", "--device", "abacus"], "no device 'abacus'"),
+        (["-m", "tinny"], "did you mean 'tiny'?"),
         (["--shape", "60m", "--dtype", "int3"], "no dtype 'int3'"),
-        (["--shape", "60m", "--context", "9000"], "exceed 8192"),
+        (["--shape", "60m", "--context", "9000"], "exceed the model's 8192"),
+        (["--shape", "60m", "--context", "16,9000"], "exceed the model's 8192"),
     ],
 )
 def test_wrong_use_is_told_before_anything_is_built(prefmw, arguments, message):
     code, out, err = prefmw("bench", "decode", *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_the_document_names_every_default():
+    rows = (Path(__file__).parents[2] / "docs" / "cli.md").read_text().split("`bench decode` times")[1].splitlines()
+    for name, parameter in inspect.signature(bench.decode).parameters.items():
+        if parameter.default not in (None, False):
+            (row,) = (row for row in rows if row.startswith(f"| `--{name}`"))
+            assert f"`{parameter.default}` by default" in row, name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_request_has_as_many_views_as_are_reckoned_with(chat_model, name):
+    bench = _Bench(chat_model.module, users=1, context=4, tokens=2)
+    try:
+        assert len(bench._request(name, 0).views) == VIEWS[name]
+    finally:
+        bench.engine.close()
+
+
+@pytest.mark.parametrize(("name", "users"), [("drift", 20), ("none", 300)])
+def test_however_many_users_are_asked_for_reply_together(chat_model, name, users):
+    """20 users of five views are more rows than an engine has by default, 300 requests more than its queue."""
+    bench = _Bench(chat_model.module, users=users, context=4, tokens=40)
+    try:
+        _, generations = bench.ask(name, kept=False)
+    finally:
+        bench.engine.close()
+    assert [generation.finish_reason for generation in generations] == ["length"] * users
+    begun = max(generation.first_token_at for generation in generations)
+    assert begun <= min(generation.ended_at for generation in generations)
+
+
+def test_what_a_token_takes_is_timed_while_all_users_reply(chat_model, monkeypatch):
+    """Prompts so long that the first replies end before the last begin: no figure for one is taken from those."""
+    bench = _Bench(chat_model.module, users=8, context=200, tokens=4)
+    asked, ask = [], bench.ask
+    monkeypatch.setattr(bench, "ask", lambda *a, **k: asked.append(ask(*a, **k)) or asked[-1])
+    try:
+        _, each, _ = bench.engine_reply("none")
+    finally:
+        bench.engine.close()
+    cold, kept = ((max(g.first_token_at for g in gs), min(g.ended_at for g in gs)) for _, gs in asked)
+    assert cold[0] > cold[1]
+    assert kept[0] < kept[1]
+    assert each == pytest.approx(1000 * (max(g.ended_at for g in asked[1][1]) - kept[0]) / 3)
 
 
 def test_it_needs_torch_transformers_and_typer_alone(toy):

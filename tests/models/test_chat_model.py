@@ -38,11 +38,11 @@ def test_automatic_dtype_on_a_cpu_is_float32(copy):
 
 @pytest.mark.parametrize(("cuda", "mps", "chosen"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
 def test_automatic_device_is_cuda_then_mps_then_cpu(monkeypatch, cuda, mps, chosen):
-    from prefmw.models.chat_model import _device
+    from prefmw.models.chat_model import find_device
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
-    assert _device("auto").type == chosen
+    assert find_device("auto").type == chosen
 
 
 def test_an_end_token_behind_a_gap_of_ids_can_be_sampled(copy):
