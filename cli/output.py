@@ -44,7 +44,7 @@ def loading(model: str) -> Iterator[None]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    with console.status(f"loading {model} ...") if console.is_terminal else nullcontext():
+    with console.status(f"loading {model} ...") if console.is_terminal else nullcontext(), _uncollected():
         from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
@@ -54,6 +54,24 @@ def loading(model: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile, and none of what the first such time leaves, ever. What torch and transformers
+    import are some 400,000 objects that stay; going through them again and again takes a quarter of a command's start.
+    """
+    import gc
+
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def progress_bar(*columns: str | ProgressColumn) -> Progress:
