@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
     from prefmw.choices import Lesson
     from prefmw.preferences.inference import Inference
+
+
+TELL_EVERY = 15.0
+"""Seconds from one line about long work to the next, off a terminal."""
 
 
 def say(text: str) -> None:
@@ -95,10 +100,20 @@ def progress(unit: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, float], None]]:
-    """What long work is at, and how far, on stderr and on a terminal only; call it with both."""
+    """What long work is at, and how far, on stderr: a bar on a terminal, elsewhere a line now and then; call it with
+    both.
+    """
+    told = time.monotonic()
+
+    def line(what: str, share: float) -> None:
+        nonlocal told
+        if time.monotonic() - told >= TELL_EVERY:
+            say(f"{what}: {share:.0%}")
+            told = time.monotonic()
+
     with progress_bar() as bar:
         task = bar.add_task("", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
+        yield line if bar.disable else lambda what, share: bar.update(task, description=what, completed=share)
 
 
 def print_inference(inference: Inference, dimensions: Dimensions) -> None:

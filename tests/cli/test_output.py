@@ -6,6 +6,7 @@ import gc
 
 import pytest
 
+from prefmw.cli import output
 from prefmw.cli.output import loading
 
 
@@ -33,3 +34,14 @@ def test_what_the_first_loading_leaves_is_never_gone_through_and_what_comes_late
     assert gc.get_freeze_count() <= kept
     del cycle
     assert gc.collect() > 0
+
+
+def test_off_a_terminal_long_work_tells_a_line_now_and_then(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    with output.stages() as tell:
+        for at, share in ((1, 0.0), (14, 0.1), (16, 0.2), (20, 0.3), (32, 0.456)):
+            now[0] = float(at)
+            tell("fitting", share)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "fitting: 20%\nfitting: 46%\n")
