@@ -124,19 +124,23 @@ def fit_readout(
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same read-out.")] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Fit the read-out that turns words into weights, and print how it does on the tenth that is held out."""
+    """Fit the read-out that turns words into weights, and print how it does on the tenth that is held out. Killed and
+    started again, it goes on where it was.
+    """
     from prefmw.models.embedder import Embedder
     from prefmw.preferences.anchors import anchor_bank
     from prefmw.settings import load_settings
     from prefmw.training.readout import fit_readout as fit
+    from prefmw.training.unfinished import beside
 
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise UsageError(f"'{out}' is no path for a read-out: a folder that exists, and an ending in .safetensors")
     name = load_settings({"embedder": embedder}).embedder
     dimensions = registry()
+    if beside(out).exists():
+        say(f"going on with what '{beside(out)}' holds")
     with stages() as tell:
-        readout, measured = fit(Embedder(name), anchor_bank(dimensions), dimensions, seed=seed, progress=tell)
-    readout.save(out)
+        _, measured = fit(Embedder(name), anchor_bank(dimensions), dimensions, seed=seed, progress=tell, out=out)
     if json:
         print_json({"readout": str(out), "embedder": name, **measured})
     else:

@@ -8,10 +8,12 @@ that state nothing are left alone, and the rest is measured.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import tomllib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +22,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prefmw.errors import UsageError
+from prefmw.models import readout as adapter
 from prefmw.models.embedder import Embedder
 from prefmw.models.readout import LONGEST, Reader, ReadOut, adapted, learned
 from prefmw.preferences.anchors import Anchor
 from prefmw.preferences.dimensions import Dimensions, default_dimensions
 from prefmw.preferences.inference import Embed
+from prefmw.training.unfinished import Unfinished
 
 RANK, EPOCHS, BATCH, LEARNING_RATE = 8, 4, 64, 2e-3
 
@@ -125,6 +129,7 @@ def fit_readout(
     seed: int = 0,
     epochs: int = EPOCHS,
     progress: Callable[[str, float], None] = lambda what, share: None,
+    out: Path | None = None,
 ) -> tuple[ReadOut, dict[str, Any]]:
     """Fit a read-out; give back it and how it does on what was held out.
 
@@ -135,9 +140,10 @@ def fit_readout(
         seed: of the sentences made from qualities, of what is held out and of the training.
         epochs: passes over the examples.
         progress: told what is under way and how much of it is done.
+        out: where to write it. A fit that was killed goes on where it was and comes to the same.
 
     Raises:
-        UsageError: no dimension is of kind style.
+        UsageError: no dimension is of kind style, or an unfinished fit beside ``out`` is another one.
     """
     keys = tuple(key for key, dimension in dimensions.items() if dimension.kind == "style")
     if not keys:
@@ -145,13 +151,16 @@ def fit_readout(
     given = [*examples(anchors, dimensions, seed), *foreign_examples(embedder, dimensions, seed)]
     targets = np.array([[one.sides.get(key, 0) for key in keys] for one in given])
     held_out = np.array([one.held_out for one in given])
+    about = {"embedder": embedder.name, "seed": seed, "epochs": epochs, "texts": _digest(repr((keys, given)).encode())}
+    code = _digest(*(Path(str(module)).read_bytes() for module in (__file__, adapter.__file__)))
+    unfinished = Unfinished(out, {**about, "code": code}) if out else None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = adapted(embedder.encoder, RANK)
         config: Any = embedder.encoder.config
         reader = Reader(encoder, config.hidden_size, len(keys))
         rest = np.flatnonzero(~held_out)
-        _train(reader, embedder, [given[row] for row in rest], targets[rest], epochs, seed, progress)
+        _train(reader, embedder, [given[row] for row in rest], targets[rest], epochs, seed, progress, unfinished)
     bank = torch.from_numpy(embedder([anchor.text for anchor in anchors]))
     head = {f"head.{name}": tensor.detach() for name, tensor in reader.head.state_dict().items()}
     poles = {key: dimensions[key].poles for key in keys}
@@ -159,6 +168,9 @@ def fit_readout(
     texts = [one.text for one, out in zip(given, held_out, strict=True) if out]
     readout.threshold, measured = _threshold(readout.values(texts), targets[held_out])
     counts = {"examples": len(rest), "held_out": len(texts), "anchors": len(anchors)}
+    if out and unfinished:
+        readout.save(out)
+        unfinished.done()
     return readout, {**counts, "threshold": readout.threshold, **measured}
 
 
@@ -170,6 +182,7 @@ def _train(
     epochs: int,
     seed: int,
     progress: Callable[[str, float], None],
+    unfinished: Unfinished | None,
 ) -> None:
     """AdamW on the adapter and the head, cross entropy summed over dimensions; texts of like length share a batch."""
     rng = np.random.default_rng(seed)
@@ -179,11 +192,14 @@ def _train(
     steps = epochs * -(-len(given) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     reader.train()
-    done = 0
+    begun, done = _go_on(unfinished, reader, optimizer, schedule), 0
     for _ in range(epochs):
         order = sorted(range(len(given)), key=lambda row: (len(given[row].text) // 8, rng.random()))
         batches = [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
         for index in rng.permutation(len(batches)):
+            done += 1
+            if done <= begun:
+                continue
             rows = batches[index]
             logits = reader(**embedder.tokens([given[row].text for row in rows], LONGEST))
             loss = nn.functional.cross_entropy(logits.transpose(1, 2), wanted[rows], reduction="none").sum(1)
@@ -191,9 +207,44 @@ def _train(
             (loss * weights[rows]).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            done += 1
             progress("fitting", done / steps)
+            if unfinished:
+                unfinished.keep(lambda done=done: _state(done, reader, optimizer, schedule))  # type: ignore[misc]
     reader.eval()
+
+
+def _state(done: int, reader: Reader, optimizer: Any, schedule: Any) -> dict[str, Any]:
+    """All that the steps after the first ``done`` depend on."""
+    return {
+        "done": done,
+        "weights": [weight.detach() for weight in reader.parameters() if weight.requires_grad],
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+
+
+def _go_on(unfinished: Unfinished | None, reader: Reader, optimizer: Any, schedule: Any) -> int:
+    """Put back what was kept of an unfinished fit; the steps that it has done."""
+    kept = unfinished.state() if unfinished else None
+    if kept is None:
+        return 0
+    with torch.no_grad():
+        for weight, value in zip(
+            (one for one in reader.parameters() if one.requires_grad), kept["weights"], strict=True
+        ):
+            weight.copy_(value)
+    optimizer.load_state_dict(kept["optimizer"])
+    schedule.load_state_dict(kept["schedule"])
+    torch.set_rng_state(kept["random"])
+    return int(kept["done"])
+
+
+def _digest(*contents: bytes) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()[:12]
 
 
 def _threshold(values: NDArray[np.float64], targets: NDArray[Any]) -> tuple[float, dict[str, float]]:

@@ -44,6 +44,7 @@ from prefmw.training.composer import Chat, Composer
 from prefmw.training.guide import Guide, Sources, begin_embeddings
 from prefmw.training.optimizer import MuonWithAdamW
 from prefmw.training.tokenizer import END, PAD, encode_chat, train_tokenizer
+from prefmw.training.unfinished import claim
 
 IGNORED = -100
 """The label of a token that is not learned, as PyTorch's cross entropy has it."""
@@ -336,13 +337,10 @@ def _claim(out: Path, recipe: Recipe, digest: str) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is no folder; name one with --out")
     saved = out / "recipe.json"
-    ours = json.dumps({**asdict(recipe), "corpus_digest": digest}, indent=1) + "\n"
-    if saved.is_file() and saved.read_text(encoding="utf-8") != ours:
-        raise UsageError(f"{out} holds a run of another recipe or corpus; name another folder with --out, or delete it")
     if out.is_dir() and any(out.iterdir()) and not saved.is_file():
         raise UsageError(f"{out} is not empty and holds no run to resume; name another folder with --out")
+    claim(saved, {**asdict(recipe), "corpus_digest": digest}, "a run of another recipe or corpus")
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    saved.write_text(ours, encoding="utf-8")
 
 
 def _fresh(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

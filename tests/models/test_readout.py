@@ -14,6 +14,7 @@ from prefmw.models.readout import ReadOut, adapted, learned, linear_layers, load
 from prefmw.preferences import default_dimensions, parse_dimensions
 from prefmw.preferences.anchors import Anchor, anchor_bank
 from prefmw.training import readout as training
+from prefmw.training import unfinished
 from prefmw.training.readout import Example, fit_readout
 
 WORDS = "long short jokes tea a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
@@ -45,21 +46,23 @@ def embedder(folder) -> Embedder:
     return Embedder(folder)
 
 
+MADE = [
+    Example(f"{word} {filler}", sides, 1.0, True, held_out=filler in "jt")
+    for word, sides in (
+        ("short", {"verbosity": -1}),
+        ("long", {"verbosity": 1}),
+        ("jokes", {"humor": 1}),
+        ("tea", {}),
+    )
+    for filler in WORDS[4:]
+    for _ in range(6)
+]
+
+
 @pytest.fixture(scope="module")
 def fitted(embedder) -> tuple[ReadOut, dict]:
     """Fitted to a handful of words, many times over."""
-    made = [
-        Example(f"{word} {filler}", sides, 1.0, True, held_out=filler in "jt")
-        for word, sides in (
-            ("short", {"verbosity": -1}),
-            ("long", {"verbosity": 1}),
-            ("jokes", {"humor": 1}),
-            ("tea", {}),
-        )
-        for filler in WORDS[4:]
-        for _ in range(6)
-    ]
-    original, training.examples = training.examples, lambda *_: made
+    original, training.examples = training.examples, lambda *_: MADE
     foreign, training.foreign_examples = training.foreign_examples, lambda *_: []
     try:
         return fit_readout(embedder, ANCHORS, default_dimensions(), epochs=40)
@@ -75,6 +78,50 @@ def test_it_learns_which_side_a_word_is_on(fitted):
     assert measured["right_side"] > 0.95
     assert 0.15 <= readout.threshold < 0.95
     assert measured["held_out"] > 30
+
+
+# A fit that is killed
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Texts for a fit of 27 steps."""
+    monkeypatch.setattr(training, "examples", lambda *_: MADE)
+    monkeypatch.setattr(training, "foreign_examples", lambda *_: [])
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+
+
+def killed_at(limit):
+    def progress(what, share):
+        if share > limit:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_killed_fit_goes_on_and_comes_to_what_an_unbroken_one_does(embedder, few, tmp_path):
+    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
+    unbroken, measured = fit_readout(embedder, ANCHORS, default_dimensions(), epochs=3, out=whole)
+    for limit in (0.3, 0.5, 0.9):
+        with pytest.raises(KeyboardInterrupt):
+            fit_readout(embedder, ANCHORS, default_dimensions(), epochs=3, out=broken, progress=killed_at(limit))
+        assert not broken.exists()
+    shares = []
+    arguments = {"epochs": 3, "out": broken, "progress": lambda what, share: shares.append(share)}
+    _, again = fit_readout(embedder, ANCHORS, default_dimensions(), **arguments)
+    assert shares[0] > 0.85
+    assert again == measured
+    assert load_readout(broken, embedder).version() == load_readout(whole, embedder).version() == unbroken.version()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.safetensors", "broken.safetensors"}
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"epochs": 4}])
+def test_a_fit_does_not_go_on_with_another_s_steps(embedder, few, tmp_path, other):
+    out = tmp_path / "readout.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit_readout(embedder, ANCHORS, default_dimensions(), epochs=3, out=out, progress=killed_at(0.3))
+    with pytest.raises(UsageError, match="unfinished work with other settings or data; name another --out"):
+        fit_readout(embedder, ANCHORS, default_dimensions(), **{"epochs": 3, "out": out, **other})
 
 
 def test_it_comes_back_as_saved(fitted, embedder, tmp_path):
