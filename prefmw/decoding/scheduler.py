@@ -23,6 +23,9 @@ from prefmw.errors import EngineError
 CHUNK = {"cpu": 256, "cuda": 2048}
 """Prompt tokens read between two steps of the replies that are under way."""
 
+CHUNK_ALONE = {"cpu": 512, "cuda": 2048}
+"""Likewise while there are none; who comes meanwhile waits for the end of one."""
+
 PATIENCE = 256
 """Steps without trouble after an out-of-memory, before twice as many rows are tried again."""
 
@@ -126,7 +129,8 @@ class Scheduler:
         """One chunk of the prompts, the one that has waited longest first; who is done joins the replies."""
         alive = [active for active in self._reading if active.begin()]
         for name, table in self.tables.items():
-            room = CHUNK.get(table.backbone.device.type, CHUNK["cpu"])
+            chunk = CHUNK if self._replying else CHUNK_ALONE
+            room = chunk.get(table.backbone.device.type, chunk["cpu"])
             rows: list[Row] = []
             take: list[int] = []
             for active in alive:

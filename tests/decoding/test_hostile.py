@@ -10,7 +10,6 @@ import torch
 from prefmw.alignment import Combined, combine_plain
 from prefmw.decoding import Adapter, Engine, Request, View
 from prefmw.decoding.sampling import random_numbers
-from prefmw.decoding.slots import _SlotLayer
 from prefmw.errors import ContextLengthError, EngineClosedError, EngineError, ModelError, PrefmwError, UsageError
 from tests.decoding.conftest import VOCABULARY
 from tests.decoding.families import VOCABULARY as FEW
@@ -448,18 +447,3 @@ def test_a_reply_may_be_handed_from_thread_to_thread(engine):
         reader.start()
         reader.join(30)
     assert said == reply(engine, PLAIN)
-
-
-# Prompts.
-
-
-def test_a_prompt_that_is_read_in_chunks_has_its_room_made_once(model, monkeypatch):
-    grown = []
-    grow = _SlotLayer.grow
-    monkeypatch.setattr(
-        _SlotLayer, "grow", lambda layer, *size: grown.append(layer.is_initialized) or grow(layer, *size)
-    )
-    monkeypatch.setattr("prefmw.decoding.scheduler.CHUNK", {"cpu": 20})
-    with Engine(model, capacity=256, vocabulary=VOCABULARY) as engine:
-        reply(engine, Request((View(TEXT[:200]),), combine_plain, sampling(max_tokens=3)))
-    assert grown == [False, False]  # both layers, before anything lay in them

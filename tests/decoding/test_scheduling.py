@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from prefmw.alignment import Combined, combine_linear, combine_plain
 from prefmw.decoding import Engine, Request, Sampling, View, scheduler
+from prefmw.decoding.slots import _SlotLayer
 from prefmw.errors import EngineError, UsageError
 from tests.decoding.conftest import VOCABULARY
 from tests.decoding.test_engine import GREEDY, naive_linear, sampling
@@ -140,8 +141,27 @@ def test_a_long_prompt_is_read_in_chunks_between_the_tokens_of_others(model, eng
     assert widths[:last_chunk].count(1) >= 8  # the first reply went on in between
 
 
+def test_a_prompt_that_no_reply_waits_for_is_read_in_larger_chunks(model, engine, monkeypatch):
+    monkeypatch.setattr(scheduler, "CHUNK", {"cpu": 20})
+    monkeypatch.setattr(scheduler, "CHUNK_ALONE", {"cpu": 50})
+    with Counter(model) as counter:
+        reply(engine, Request((View(TEXT[:200]),), combine_plain, sampling(max_tokens=2)))
+    assert [width for _, width in counter.shapes] == [50] * 4 + [1]
+
+
+def test_a_prompt_that_is_read_in_chunks_has_its_room_made_once(model, monkeypatch):
+    grown, grow = [], _SlotLayer.grow
+    monkeypatch.setattr(
+        _SlotLayer, "grow", lambda layer, *size: grown.append(layer.is_initialized) or grow(layer, *size)
+    )
+    monkeypatch.setattr(scheduler, "CHUNK_ALONE", {"cpu": 20})
+    with Engine(model, capacity=256, vocabulary=VOCABULARY) as engine:
+        reply(engine, Request((View(TEXT[:200]),), combine_plain, sampling(max_tokens=3)))
+    assert grown == [False, False]  # both layers, before anything lay in them
+
+
 def test_a_short_prompt_does_not_wait_behind_a_long_one(engine, monkeypatch):
-    monkeypatch.setitem(scheduler.CHUNK, "cpu", 10)
+    monkeypatch.setitem(scheduler.CHUNK_ALONE, "cpu", 10)
     long = engine.submit(Request((View(TEXT[:230]),), combine_plain, sampling(max_tokens=2)))
     short = engine.submit(Request((View(TEXT[:6]),), combine_plain, sampling(max_tokens=2)))
     list(long), list(short)
