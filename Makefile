@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help chat test check format tiny clean
+.PHONY: help chat test check format tiny readout clean
 
 help: ## List these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,6 +26,11 @@ tiny: $(READY) ## Remake the embedded chat model, resuming a run that was killed
 	$(BIN)/prefmw train sft --recipe tiny --out build/tiny
 	mkdir -p prefmw/assets/tiny
 	cp build/tiny/model/* prefmw/assets/tiny/
+
+readout: $(READY) ## Refit the read-out of preferences, resuming a fit that was killed
+	mkdir -p build prefmw/assets/readouts
+	$(BIN)/prefmw prefs fit-readout --out build/all-MiniLM-L6-v2.safetensors
+	cp build/all-MiniLM-L6-v2.safetensors prefmw/assets/readouts/
 
 format: $(READY) ## Format the code and mend what ruff can
 	$(BIN)/ruff format .

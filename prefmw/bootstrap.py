@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmw.embedded import find_embedded
+from prefmw.embedded import find_embedded, shipped_readout
 from prefmw.errors import UsageError
 from prefmw.preferences import Dimensions, PreferenceStore, default_dimensions, parse_dimensions
 from prefmw.settings import Settings, expanded
@@ -103,7 +103,7 @@ def load_inferer(settings: Settings, dimensions: Dimensions) -> Inferer:
     """What reads preferences out of words, loaded once in a process; its embedder loads when it is first used.
 
     Raises:
-        UsageError: the read-out is none, or was fitted to another embedder than the settings'.
+        UsageError: there is no read-out, or it was fitted to another embedder than the settings'.
     """
     from prefmw.models.embedder import Embedder
     from prefmw.models.readout import load_readout
@@ -112,13 +112,14 @@ def load_inferer(settings: Settings, dimensions: Dimensions) -> Inferer:
     with _lock:
         key = repr((settings.embedder, settings.readout, tuple(dimensions.values())))
         if key not in _inferers:
-            if settings.readout is None:
+            path = shipped_readout(settings.embedder) if settings.readout is None else expanded(settings.readout)
+            if path is None:
                 raise UsageError(
-                    "reading preferences out of words needs a read-out, and none ships yet: make one with 'prefmw "
-                    "prefs fit-readout --out FILE' and name it by the setting 'readout' (PREFMW_READOUT)"
+                    f"no read-out ships for the embedder '{settings.embedder[:80]}': make one with 'prefmw prefs "
+                    "fit-readout --out FILE' and name it by the setting 'readout' (PREFMW_READOUT)"
                 )
             embedder = Embedder(settings.embedder)
-            readout = load_readout(expanded(settings.readout), embedder)
+            readout = load_readout(path, embedder)
             _inferers[key] = Inferer(embedder, readout, dimensions)
         return _inferers[key]
 

@@ -1,4 +1,4 @@
-"""The chat models that ship inside the package, and where they lie."""
+"""What ships inside the package, chat models and read-outs of preferences, and where it lies."""
 
 from __future__ import annotations
 
@@ -31,3 +31,9 @@ def find_embedded(model: str) -> Path | None:
             "such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     return path
+
+
+def shipped_readout(embedder: str) -> Path | None:
+    """The read-out that ships for an embedder; ``None`` for any other than the default."""
+    path = embedded_path("readouts") / f"{embedder}.safetensors"
+    return path if path.parent.name == "readouts" and path.is_file() else None

@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     """What reads preferences out of words: a folder or hub id of a sentence-transformers model."""
 
     readout: str | None = None
-    """The read-out fitted to that embedder (``prefmw prefs fit-readout``); none ships yet."""
+    """The read-out fitted to that embedder (``prefmw prefs fit-readout``); by default the one that ships for it."""
 
     infer: bool = False
     """Infer weights from a persona when a turn first needs them."""

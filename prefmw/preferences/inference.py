@@ -151,19 +151,19 @@ class Inferer:
         """What an inference of this persona rests on, as a hash: its words, the read-out and the dimensions read."""
         return hashlib.sha256(f"{self._version}\n{persona}".encode()).hexdigest()[:32]
 
-    def infer(self, text: str, *, threshold: float | None = None) -> Inference:
+    def infer(self, text: str, *, threshold: float = 0.0) -> Inference:
         """What ``text`` states.
 
         Args:
             text: a persona or a message, at most 4,000 characters.
-            threshold: the least size of a value that is a statement; by default the read-out's own.
+            threshold: the least size of a value that is a statement, where it is more than the read-out's own.
 
         Raises:
             UsageError: the text is too long, or holds what no text may.
         """
         said = units(check_persona(text))
         values = self._readout.values([unit.text for unit in said])
-        least = self._readout.threshold if threshold is None else threshold
+        least = max(self._readout.threshold, threshold)
         decided: dict[str, list[tuple[str, float]]] = {}  # by dimension a clause, or two that contradict each other
         for dimension, sides in zip(self._readout.dimensions, values.T, strict=True):
             if dimension not in self.dimensions or not len(sides) or np.abs(sides).max() < least:

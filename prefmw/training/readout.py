@@ -2,12 +2,15 @@
 
 It learns from the anchor bank and from ``preference_files/``: statements of many kinds for either pole, qualities by
 those who like and dislike them put into sentences of either attitude, pairs of statements joined, and texts that state
-nothing. A tenth of what people wrote is held out; on it the threshold is chosen, the least at which nearly all texts
-that state nothing are left alone, and the rest is measured.
+nothing, the topics' questions among them. Sentences of qualities and pairs are composed anew in every pass. A tenth of
+what people wrote is held out; on it the logits' temperature is fitted, so that a value of 0.6 is right about as often
+as it says, and the threshold chosen, the least at which nearly all texts that state nothing are left alone; and the
+rest is measured.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import tomllib
@@ -19,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from prefmw.errors import UsageError
 from prefmw.models import readout as adapter
@@ -28,9 +31,11 @@ from prefmw.models.readout import LONGEST, Reader, ReadOut, adapted, learned
 from prefmw.preferences.anchors import Anchor
 from prefmw.preferences.dimensions import Dimensions, default_dimensions
 from prefmw.preferences.inference import Embed
+from prefmw.training.sft import _fastest_dtype as fastest_dtype
+from prefmw.training.topics import load_topics
 from prefmw.training.unfinished import Unfinished
 
-RANK, EPOCHS, BATCH, LEARNING_RATE = 8, 4, 64, 2e-3
+RANK, EPOCHS, BATCH, LEARNING_RATE, WARM_UP, CLIP = 32, 8, 64, 1.5e-3, 0.1, 1.0
 
 HELD_OUT = 0.1
 LEFT_ALONE = 0.97
@@ -39,16 +44,16 @@ LEFT_ALONE = 0.97
 MULTILINGUAL = 0.8
 """Share of a language's translations that an embedder must put nearest to their English, to be taught their sides."""
 
-PAIRS = 6000
-"""Pairs of statements about different dimensions, joined."""
+PAIRS, QUESTIONS = 4000, 2500
+"""Pairs of statements about different dimensions that a pass joins, and the topics' questions that state nothing."""
 
 
 _FOLDER = files("prefmw.training") / "preference_files"
 
 
 class Example(NamedTuple):
-    """A text and the sides it takes; ``weight`` in the loss. ``written`` by hand, not put together of qualities or of
-    two others; of such alone some are ``held_out`` from the fit.
+    """A text and the sides it takes; ``weight`` in the loss. ``written`` for this, not put together of qualities or of
+    two others, nor taken from the topics; of such alone some are ``held_out`` from the fit.
     """
 
     text: str
@@ -58,44 +63,63 @@ class Example(NamedTuple):
     held_out: bool = False
 
 
-def examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: int) -> list[Example]:
-    """Every text to fit on, and those held out; no pair is made of one that is held out."""
+def written_examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: int) -> list[Example]:
+    """What people wrote: the bank, the statements, and what states nothing. A tenth is held out."""
     rng = random.Random(seed)
     found = [
         Example(anchor.text, {anchor.dimension: anchor.side} if anchor.dimension else {}, 2.0 - abs(anchor.side), True)
         for anchor in anchors
     ]
-    neutral = tomllib.loads((_FOLDER / "neutral.toml").read_text(encoding="utf-8"))
-    found += [Example(text, {}, 2.0, True) for text in neutral["texts"]]
-    attitudes = neutral["attitudes"]
-    for key, dimension in dimensions.items():
-        if key not in default_dimensions() or not (file := _FOLDER / f"{key}.toml").is_file():
-            continue
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-        if set(dimension.poles) != set(table) or dimension.negative is None:  # replaced by a deployment's own
-            continue
-        named = {-1: table[dimension.negative.name], 1: table[dimension.positive.name]}
-        for side, pole in named.items():
-            found += [Example(text, {key: side}, 1.0, True) for text in pole["statements"]]
+    found += [Example(text, {}, 2.0, True) for text in _table("neutral")["texts"]]
+    for key, poles in _poles(dimensions).items():
+        found += [Example(text, {key: side}, 1.0, True) for side, pole in poles.items() for text in pole["statements"]]
+    found = [one._replace(held_out=rng.random() < HELD_OUT) for one in found]
+    questions = [question for topic in load_topics() for question in topic.questions]
+    return found + [Example(text, {}, 1.0) for text in rng.sample(questions, QUESTIONS)]
+
+
+def composed_examples(written: Sequence[Example], dimensions: Dimensions, rng: random.Random) -> list[Example]:
+    """Qualities put into sentences of those who want them and who refuse them, and pairs of what is ``written``, of
+    which none is held out.
+    """
+    found = []
+    attitudes = _table("neutral")["attitudes"]
+    for key, poles in _poles(dimensions).items():
+        for side, pole in poles.items():
             for quality, sign in [*((q, 1) for q in pole["liked"]), *((q, -1) for q in pole["disliked"])]:
                 found.append(Example(quality, {key: side}, 0.3))
                 wanted = rng.sample(attitudes["positive"], 2 if sign > 0 else 1)
                 refused = rng.sample(attitudes["negative"], 1 if sign > 0 else 2)
                 found += [Example(form.format(x=quality), {key: side}, 0.5) for form in wanted]
                 found += [Example(form.format(x=quality), {key: -side}, 0.5) for form in refused]
-                other = rng.choice(named[-side]["disliked" if sign > 0 else "liked"])
+                other = rng.choice(poles[-side]["disliked" if sign > 0 else "liked"])
                 x, y = (quality, other) if sign > 0 else (other, quality)
                 compared = rng.choice(attitudes["comparative"]).format(x=x, y=y)
                 found.append(Example(compared, {key: sign * side}, 0.5))
-    found = [one._replace(held_out=one.written and rng.random() < HELD_OUT) for one in found]
-    stated = [one for one in found if one.written and one.sides and not one.held_out]
+    stated = [one for one in written if one.written and one.sides and not one.held_out]
     for _ in range(PAIRS if len(stated) > 1 else 0):
-        one, other = rng.sample(stated, 2)
-        if not one.sides.keys() & other.sides.keys():
+        first, second = rng.sample(stated, 2)
+        if not first.sides.keys() & second.sides.keys():
             joint = rng.choice((", and ", " ", "; ", ", ", " but "))
-            text = f"{one.text.rstrip('.!')}{joint}{other.text}" if joint != " " else f"{one.text} {other.text}"
-            found.append(Example(text, {**one.sides, **other.sides}, 0.5))
+            begin = first.text if joint == " " else first.text.rstrip(".!")
+            found.append(Example(f"{begin}{joint}{second.text}", {**first.sides, **second.sides}, 0.5))
     return found
+
+
+def _poles(dimensions: Dimensions) -> dict[str, dict[int, dict[str, list[str]]]]:
+    """What is written for the two sides of each shipped dimension that no deployment replaced by its own."""
+    found = {}
+    for key, dimension in dimensions.items():
+        if key in default_dimensions() and dimension.negative is not None and (_FOLDER / f"{key}.toml").is_file():
+            table = _table(key)
+            if set(dimension.poles) == set(table):
+                found[key] = {-1: table[dimension.negative.name], 1: table[dimension.positive.name]}
+    return found
+
+
+@functools.cache
+def _table(name: str) -> dict[str, Any]:
+    return tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def foreign_examples(embed: Embed, dimensions: Dimensions, seed: int) -> list[Example]:
@@ -104,7 +128,7 @@ def foreign_examples(embed: Embed, dimensions: Dimensions, seed: int) -> list[Ex
     nobody's words are guessed at. A tenth of the groups of translations is held out.
     """
     rng = random.Random(seed)
-    table = tomllib.loads((_FOLDER / "foreign.toml").read_text(encoding="utf-8"))
+    table = _table("foreign")
     rows: list[tuple[dict[str, int], list[str]]] = [({}, texts) for texts in table["neutral"]["none"]]
     for key, dimension in dimensions.items():
         for side, pole in ((-1, dimension.negative), (1, dimension.positive)):
@@ -148,52 +172,66 @@ def fit_readout(
     keys = tuple(key for key, dimension in dimensions.items() if dimension.kind == "style")
     if not keys:
         raise UsageError("there is no style dimension to read")
-    given = [*examples(anchors, dimensions, seed), *foreign_examples(embedder, dimensions, seed)]
-    targets = np.array([[one.sides.get(key, 0) for key in keys] for one in given])
-    held_out = np.array([one.held_out for one in given])
-    about = {"embedder": embedder.name, "seed": seed, "epochs": epochs, "texts": _digest(repr((keys, given)).encode())}
+    written = [*written_examples(anchors, dimensions, seed), *foreign_examples(embedder, dimensions, seed)]
+    held_out = [one for one in written if one.held_out]
+    rest = [one for one in written if not one.held_out]
+
+    def epoch(number: int) -> tuple[list[Example], Tensor]:
+        given = [*rest, *composed_examples(rest, dimensions, random.Random(f"{seed} {number}"))]
+        return given, _targets(given, keys)
+
+    dtype = fastest_dtype()
+    about = {"embedder": embedder.name, "seed": seed, "epochs": epochs, "dtype": str(dtype)}
+    texts = _digest(repr((keys, written, epoch(0)[0])).encode())
     code = _digest(*(Path(str(module)).read_bytes() for module in (__file__, adapter.__file__)))
-    unfinished = Unfinished(out, {**about, "code": code}) if out else None
+    unfinished = Unfinished(out, {**about, "texts": texts, "code": code}) if out else None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = adapted(embedder.encoder, RANK)
         config: Any = embedder.encoder.config
         reader = Reader(encoder, config.hidden_size, len(keys))
-        rest = np.flatnonzero(~held_out)
-        _train(reader, embedder, [given[row] for row in rest], targets[rest], epochs, seed, progress, unfinished)
+        _train(reader, embedder, epoch, epochs, seed, dtype, progress, unfinished)
     bank = torch.from_numpy(embedder([anchor.text for anchor in anchors]))
-    head = {f"head.{name}": tensor.detach() for name, tensor in reader.head.state_dict().items()}
+    asked, wanted = [one.text for one in held_out], _targets(held_out, keys)
+    with torch.inference_mode():
+        logits = [reader(**embedder.tokens(asked[at : at + BATCH], LONGEST)) for at in range(0, len(asked), BATCH)]
+    temperature = _temperature(torch.cat(logits), wanted)
+    head = {f"head.{name}": tensor.detach() / temperature for name, tensor in reader.head.state_dict().items()}
     poles = {key: dimensions[key].poles for key in keys}
     readout = ReadOut(embedder, poles, 0.0, anchors, {**learned(encoder), **head, "anchors": bank})
-    texts = [one.text for one, out in zip(given, held_out, strict=True) if out]
-    readout.threshold, measured = _threshold(readout.values(texts), targets[held_out])
-    counts = {"examples": len(rest), "held_out": len(texts), "anchors": len(anchors)}
+    readout.threshold, measured = _threshold(readout.values(asked), wanted.numpy())
+    counts = {"examples": len(epoch(0)[0]), "held_out": len(held_out), "anchors": len(anchors)}
     if out and unfinished:
         readout.save(out)
         unfinished.done()
-    return readout, {**counts, "threshold": readout.threshold, **measured}
+    return readout, {**counts, "temperature": round(temperature, 3), "threshold": readout.threshold, **measured}
+
+
+def _targets(given: Sequence[Example], keys: Sequence[str]) -> Tensor:
+    """The sides that N texts take, (N, K), each -1, 0 or 1."""
+    return torch.tensor([[one.sides.get(key, 0) for key in keys] for one in given])
 
 
 def _train(
     reader: Reader,
     embedder: Embedder,
-    given: Sequence[Example],
-    targets: NDArray[Any],
+    epoch: Callable[[int], tuple[list[Example], Tensor]],
     epochs: int,
     seed: int,
+    dtype: torch.dtype,
     progress: Callable[[str, float], None],
     unfinished: Unfinished | None,
 ) -> None:
     """AdamW on the adapter and the head, cross entropy summed over dimensions; texts of like length share a batch."""
     rng = np.random.default_rng(seed)
-    wanted = torch.from_numpy(targets + 1).long()
-    weights = torch.tensor([one.weight for one in given])
-    optimizer = torch.optim.AdamW([weight for weight in reader.parameters() if weight.requires_grad], weight_decay=0.01)
-    steps = epochs * -(-len(given) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    weights = [weight for weight in reader.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.01)
+    sizes = [-(-len(epoch(number)[0]) // BATCH) for number in range(epochs)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=sum(sizes), pct_start=WARM_UP)
     reader.train()
     begun, done = _go_on(unfinished, reader, optimizer, schedule), 0
-    for _ in range(epochs):
+    for number in range(epochs):
+        given, targets = epoch(number)
         order = sorted(range(len(given)), key=lambda row: (len(given[row].text) // 8, rng.random()))
         batches = [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
         for index in rng.permutation(len(batches)):
@@ -201,13 +239,17 @@ def _train(
             if done <= begun:
                 continue
             rows = batches[index]
-            logits = reader(**embedder.tokens([given[row].text for row in rows], LONGEST))
-            loss = nn.functional.cross_entropy(logits.transpose(1, 2), wanted[rows], reduction="none").sum(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                logits = reader(**embedder.tokens([given[row].text for row in rows], LONGEST))
+            losses = nn.functional.cross_entropy(
+                logits.float().transpose(1, 2), targets[rows] + 1, reduction="none"
+            ).sum(1)
             optimizer.zero_grad()
-            (loss * weights[rows]).mean().backward()  # type: ignore[no-untyped-call]
+            (losses * torch.tensor([given[row].weight for row in rows])).mean().backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.step()
             schedule.step()
-            progress("fitting", done / steps)
+            progress("fitting", done / sum(sizes))
             if unfinished:
                 unfinished.keep(lambda done=done: _state(done, reader, optimizer, schedule))  # type: ignore[misc]
     reader.eval()
@@ -245,6 +287,16 @@ def _digest(*contents: bytes) -> str:
     for content in contents:
         digest.update(content)
     return digest.hexdigest()[:12]
+
+
+def _temperature(logits: Tensor, targets: Tensor) -> float:
+    """By what logits (N, K, 3) are divided to be likeliest to give these targets (N, K).
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", section 4.2.
+    """
+    tried = torch.logspace(-1, 1, 101, dtype=torch.float64)
+    losses = [nn.functional.cross_entropy((logits.double() / one).transpose(1, 2), targets + 1) for one in tried]
+    return float(tried[int(torch.stack(losses).argmin())])
 
 
 def _threshold(values: NDArray[np.float64], targets: NDArray[Any]) -> tuple[float, dict[str, float]]:

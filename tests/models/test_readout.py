@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tomllib
 
 import numpy as np
@@ -59,15 +60,18 @@ MADE = [
 ]
 
 
+def read_instead(patch, examples):
+    patch.setattr(training, "written_examples", lambda *_: examples)
+    patch.setattr(training, "foreign_examples", lambda *_: [])
+    patch.setattr(training, "composed_examples", lambda *_: [])
+
+
 @pytest.fixture(scope="module")
 def fitted(embedder) -> tuple[ReadOut, dict]:
     """Fitted to a handful of words, many times over."""
-    original, training.examples = training.examples, lambda *_: MADE
-    foreign, training.foreign_examples = training.foreign_examples, lambda *_: []
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        read_instead(patch, MADE)
         return fit_readout(embedder, ANCHORS, default_dimensions(), epochs=40)
-    finally:
-        training.examples, training.foreign_examples = original, foreign
 
 
 def test_it_learns_which_side_a_word_is_on(fitted):
@@ -86,8 +90,7 @@ def test_it_learns_which_side_a_word_is_on(fitted):
 @pytest.fixture
 def few(monkeypatch):
     """Texts for a fit of 27 steps."""
-    monkeypatch.setattr(training, "examples", lambda *_: MADE)
-    monkeypatch.setattr(training, "foreign_examples", lambda *_: [])
+    read_instead(monkeypatch, MADE)
     monkeypatch.setattr(unfinished, "EVERY", 0.0)
 
 
@@ -188,14 +191,28 @@ def test_an_embedder_that_is_none_is_told(tmp_path):
 # What it is fitted on
 
 
-def test_no_pair_is_made_of_a_held_out_text(monkeypatch):
+def test_a_tenth_of_what_people_wrote_is_held_out_and_in_no_pair():
     dimensions = default_dimensions()
-    found = training.examples(anchor_bank(dimensions), dimensions, 0)
+    found = training.written_examples(anchor_bank(dimensions), dimensions, 0)
     written = [one for one in found if one.written]
     assert 0.08 < sum(one.held_out for one in written) / len(written) < 0.12
-    assert sum(len(one.sides) > 1 for one in found) > 4000
-    monkeypatch.setattr(training, "HELD_OUT", 1.0)
-    assert all(len(one.sides) <= 1 for one in training.examples(anchor_bank(dimensions), dimensions, 0))
+    assert not any(one.held_out for one in found if not one.written)
+    pairs = [one for one in composed(found, dimensions) if len(one.sides) > 1]
+    assert len(pairs) > 2500
+    held_out = [one._replace(held_out=True) for one in found]
+    assert all(len(one.sides) <= 1 for one in composed(held_out, dimensions))
+
+
+def test_every_pass_composes_anew():
+    dimensions = default_dimensions()
+    written = training.written_examples(anchor_bank(dimensions), dimensions, 0)
+    one, other = ({example.text for example in composed(written, dimensions, seed)} for seed in (0, 1))
+    assert one == {example.text for example in composed(written, dimensions, 0)}
+    assert len(one & other) < 0.3 * len(one)
+
+
+def composed(written, dimensions, seed=0):
+    return training.composed_examples(written, dimensions, random.Random(seed))
 
 
 @pytest.mark.parametrize(
@@ -208,8 +225,17 @@ def test_no_pair_is_made_of_a_held_out_text(monkeypatch):
 )
 def test_a_deployments_own_dimensions_bring_their_own_texts(text):
     dimensions = parse_dimensions(text, default_dimensions())
-    found = training.examples(anchor_bank(dimensions), dimensions, 0)
+    written = training.written_examples(anchor_bank(dimensions), dimensions, 0)
+    found = [*written, *composed(written, dimensions)]
     assert not {key for one in found for key in one.sides} & set(tomllib.loads(text))
+
+
+def test_a_temperature_makes_values_as_sure_as_they_are_right():
+    torch.manual_seed(0)
+    logits = torch.randn(4000, 2, 3)
+    targets = torch.distributions.Categorical(logits=logits).sample() - 1  # as likely as the logits say
+    for factor in (0.4, 1.0, 5.0):
+        assert training._temperature(logits * factor, targets) == pytest.approx(factor, rel=0.1)
 
 
 @pytest.mark.parametrize("understands", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,9 +248,7 @@ def test_every_pole_has_forty_anchors_and_some_ask_for_none():
 
 
 def test_no_test_statement_is_fitted_on():
-    from pathlib import Path
-
-    from prefmw.training.readout import examples
+    from prefmw.training.readout import written_examples
 
     def bare(text: str) -> str:
         return " ".join(words_of(text))
@@ -257,7 +256,40 @@ def test_no_test_statement_is_fitted_on():
     file = Path(__file__).parent / "statements.jsonl"
     tested = {bare(json.loads(line)["text"]) for line in file.read_text(encoding="utf-8").splitlines()}
     assert len(tested) >= 250
-    fitted = {
-        bare(one.text) for one in examples(anchor_bank(default_dimensions()), default_dimensions(), 0) if one.written
-    }
+    dimensions = default_dimensions()
+    fitted = {bare(one.text) for one in written_examples(anchor_bank(dimensions), dimensions, 0)}
     assert tested & fitted == set()
+
+
+# The read-out that ships
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Inferer:
+    from prefmw.bootstrap import load_inferer
+    from prefmw.settings import Settings
+
+    return load_inferer(Settings(), default_dimensions())
+
+
+def test_plain_wishes_are_read_and_their_opposites_too(shipped):
+    for text, expected in (
+        ("Keep your answers short.", {"verbosity": -1}),
+        ("Don't be too brief, I like to understand everything in depth.", {"verbosity": 1}),
+        ("Please skip the jokes.", {"humor": -1}),
+        ("Explain it to me like I'm five.", {"complexity": -1}),
+        ("I have two cats and a bicycle.", {}),
+        ("How deep should I plant garlic cloves?", {}),
+        ("Fasse dich kurz.", {}),  # its embedder knows English alone
+    ):
+        found = shipped.infer(text).weights
+        assert {key: round(one.value / abs(one.value)) for key, one in found.items()} == expected, text
+
+
+def test_it_reads_unseen_statements_no_worse_than_documented(shipped):
+    dimensions = default_dimensions()
+    statements = read_labelled(Path(__file__).parent / "statements.jsonl", dimensions)
+    row = score_inference(statements, shipped, dimensions)
+    assert row["sign_accuracy"] >= 0.73
+    assert row["spurious_rate"] <= 0.02
+    assert row["neutral_accuracy"] >= 0.86
