@@ -163,12 +163,15 @@ def calibrate(
     out: Annotated[Path | None, typer.Option("--out", help="Write it here instead of where it takes effect.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Find a chat model's words and gain for every pole, so that half a weight means the same on all models."""
+    """Find a chat model's words and gain for every pole, so that half a weight means the same on all models. Killed and
+    started again, it goes on where it was.
+    """
     from prefmw.bootstrap import calibration_file, load_backend, load_registry, write_whole
     from prefmw.cli.output import loading
     from prefmw.evaluation.calibrate import Trials, calibrate
     from prefmw.settings import load_settings
     from prefmw.training.topics import load_topics
+    from prefmw.training.unfinished import Unfinished, beside
 
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"'{out}' is no path for a calibration: its folder does not exist")
@@ -177,13 +180,17 @@ def calibrate(
     questions = [topic.questions[0] for topic in load_topics()][:n]
     with loading(settings.model):
         backend = load_backend(settings)
+    trials, path = Trials(backend, questions, seed=seed), out or calibration_file(settings)
+    if beside(path).exists():
+        say(f"going on with what '{beside(path)}' holds")
+    unfinished = Unfinished(path, trials.about(dimensions))
     with stages() as tell:
-        found, rows = calibrate(Trials(backend, questions, seed=seed), dimensions, tell)
-    path = out or calibration_file(settings)
+        found, rows = calibrate(trials, dimensions, tell, unfinished)
     try:
         write_whole(path, found.to_json() + "\n")
     except OSError as error:
         raise UsageError(f"'{path}' cannot be written: {error.strerror}") from error
+    unfinished.done()
     if json:
         print_json({"calibration": str(path), "rows": rows, "settings": {"n": len(questions), "seed": seed}})
         return

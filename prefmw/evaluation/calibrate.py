@@ -9,37 +9,48 @@ The measure is Cliff's delta: how much more often than not a reply scores furthe
 in [-1, 1]. Scores have long tails (a model asked to be brief says what it never says plainly), which would drown all
 else in a mean.
 
+What is tried on all poles is asked together, as many replies at a time as the engine has rows for; every question has
+one seed in all settings. A reply that the model gave plainly as well is as far towards a pole as that one, to the bit.
+
 Source: prefmw's own; the scores are Drift's zero-shot rewarding between opposite poles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prefmw.decoding import Request
 from prefmw.evaluation.content import repeats
 from prefmw.evaluation.held_out import profile_of
-from prefmw.evaluation.steer import Condition, replies_to
+from prefmw.evaluation.steer import MAX_TOKENS, Condition, request_of, said_to
 from prefmw.personalizer import Backend
 from prefmw.preferences import Dimension, Dimensions, Message
 from prefmw.preferences.calibration import Calibration, Tuned
 from prefmw.scoring import Exchange, attribute_scores, scored_dimensions
+from prefmw.training.unfinished import Unfinished
 
 HALF = 0.5
 """How far half a weight moves a model's replies, of how far the pole's sentence moves them in a prompt."""
 
 GAINS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-"""Gains that are tried; in between is interpolated."""
+"""Gains that are tried, from the least until one suffices; in between is interpolated."""
 
 LOOPS = 0.05
 """Replies more than of plain ones that may loop at a full weight."""
 
 Progress = Callable[[str, float], None]
 """Told what is under way and the share of it that is done."""
+
+Person = tuple[Dimension | None, float]
+"""Somebody with a weight on one dimension, or with none."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +68,50 @@ class Trials:
     temperature: float = 0.7
     seed: int = 0
 
-    def replies(self, dimension: Dimension | None, weight: float) -> list[str]:
-        """The replies to people with one weight, or with none."""
-        asked = [[Message("user", question)] for question in self.questions]
-        people = [profile_of({dimension.key: weight} if dimension else {})] * len(asked)
+    def replies(self, people: Sequence[Person]) -> Iterator[list[str]]:
+        """The Q replies to each of these people, in their order; those of many are decoded together."""
+        tokenizer = self.backend.chat.tokenizer
+        requests = (request for person in people for request in self._requests(*person))
+        texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in said_to(requests, self.backend))
+        while part := list(islice(texts, len(self.questions))):
+            yield part
+
+    def _requests(self, dimension: Dimension | None, weight: float) -> Iterator[Request]:
+        person = profile_of({dimension.key: weight} if dimension else {})
         known = Dimensions([dimension] if dimension else [])
         condition = Condition("drift" if dimension else "none", 1.0 if dimension else None, self.temperature)
-        return replies_to(asked, people, condition, self.backend, known, self.seed, lambda count: None)[0]
+        for index, question in enumerate(self.questions):
+            request = request_of([Message("user", question)], person, condition, self.backend, known)
+            yield replace(request, sampling=replace(request.sampling, seed=self.seed + index))
 
-    def scores(self, replies: Sequence[str], dimension: Dimension) -> NDArray[np.float64]:
-        """Every reply read under every pair of the poles' sentences, (Q, J), nats a token; of an empty reply, 0."""
-        said = [index for index, reply in enumerate(replies) if reply.strip()]
-        exchanges = [Exchange([Message("user", self.questions[index])], replies[index]) for index in said]
-        found = np.zeros((len(replies), len(pairs(dimension))))
-        for column, pair in enumerate(pairs(dimension)):
-            found[said, column] = attribute_scores(exchanges, self.backend, Dimensions([_worded(dimension, *pair)]))[
-                :, 0
-            ]
+    def scores(
+        self, replies: Sequence[str | None], dimension: Dimension, columns: Iterable[int]
+    ) -> NDArray[np.float64]:
+        """Every reply to its question read under some pairs of the poles' sentences, (Q, C), nats a token; of an empty
+        reply, or of none, 0.
+        """
+        said = [index for index, reply in enumerate(replies) if reply and reply.strip()]
+        exchanges = [Exchange([Message("user", self.questions[index])], replies[index] or "") for index in said]
+        chosen = [pairs(dimension)[column] for column in columns]
+        found = np.zeros((len(replies), len(chosen)))
+        for place, pair in enumerate(chosen):
+            read = attribute_scores(exchanges, self.backend, Dimensions([_worded(dimension, *pair)]))
+            found[said, place] = read[:, 0]
         return found
+
+    def about(self, dimensions: Dimensions) -> dict[str, Any]:
+        """All that a calibration depends on, for :class:`~prefmw.training.unfinished.Unfinished`."""
+        chat = self.backend.chat
+        asked = (list(self.questions), [asdict(dimension) for dimension in dimensions.values()], MAX_TOKENS)
+        return {
+            "model": chat.name,
+            "revision": chat.revision,
+            "dtype": chat.dtype,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "asked": hashlib.sha256(repr(asked).encode()).hexdigest()[:12],
+            "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        }
 
 
 def pairs(dimension: Dimension) -> list[tuple[int, int]]:
@@ -89,75 +126,174 @@ def sentences(dimension: Dimension, side: int) -> tuple[str, ...]:
     return (pole.principle, *pole.wordings)
 
 
-def calibrate(trials: Trials, dimensions: Dimensions, progress: Progress) -> tuple[Calibration, list[dict[str, Any]]]:
+class Setting(NamedTuple):
+    """One way of leaning to a pole: by which of its sentences, at which gain, with which weight."""
+
+    dimension: str
+    side: int
+    wording: int
+    gain: float
+    weight: float
+
+
+class Moved(NamedTuple):
+    """How far each reply of a setting moved towards the pole, (Q,), and the share of them that loop."""
+
+    each: NDArray[np.float64]
+    loops: float
+
+    @property
+    def mean(self) -> float:
+        """Cliff's delta."""
+        return float(self.each.mean())
+
+
+@dataclass
+class _Pole:
+    """A pole's way to its words and gain."""
+
+    dimension: Dimension
+    side: int
+    wording: int = 0
+    gain: float = 0.0
+
+    def at(self, gain: float, weight: float, wording: int | None = None) -> Setting:
+        return Setting(self.dimension.key, self.side, self.wording if wording is None else wording, gain, weight)
+
+    @property
+    def wordings(self) -> list[Setting]:
+        """Every sentence in a prompt."""
+        return [self.at(1.0, 1.0, wording) for wording in range(len(sentences(self.dimension, self.side)))]
+
+    @property
+    def name(self) -> str:
+        return self.dimension.pole(self.side).name
+
+
+def calibrate(
+    trials: Trials, dimensions: Dimensions, progress: Progress, unfinished: Unfinished | None = None
+) -> tuple[Calibration, list[dict[str, Any]]]:
     """A model's calibration, and a row a pole that says what it rests on.
 
     Of a pole's sentences the first stays, unless another moves the replies further by more than two standard errors.
     The gain is the least at which half a weight moves them :data:`HALF` as far as the sentence itself does, but none
-    at which a full weight makes more than :data:`LOOPS` of them loop.
+    at which a full weight makes more than :data:`LOOPS` of them loop. What was measured before a kill is taken from
+    ``unfinished``.
 
     Row keys: ``dimension pole principle wording moves gain half full loops reached``: ``moves`` what each sentence does
     in a prompt, which is a full weight at gain 1; ``half``, ``full`` what such weights do at the gain chosen, all as
     Cliff's delta; ``reached`` whether ``half`` comes to nine tenths of what it should be.
     """
-    keys = scored_dimensions(dimensions)
-    plain = trials.replies(None, 0.0)
-    looping = float(np.mean([repeats(reply) for reply in plain]))
-    poles: dict[str, dict[str, Tuned]] = {}
-    rows = []
-    for number, key in enumerate(keys):
-        dimension = dimensions[key]
-        scored = trials.scores(plain, dimension)
-        for side in (-1, 1):
-            at = number + (side + 1) / 4
-            progress(f"{key}, {dimension.pole(side).name}", at / len(keys))
-            row = _pole_row(trials, dimension, side, scored, looping)
-            poles.setdefault(key, {})[row["pole"]] = Tuned(row["principle"], row["gain"])
-            rows.append(row)
+    poles = [_Pole(dimensions[key], side) for key in scored_dimensions(dimensions) for side in (-1, 1)]
+    seen = _Measurements(trials, dimensions, progress, unfinished)
+    seen.expected = sum(len(pole.wordings) + len(GAINS) + 1 for pole in poles)
+    seen.measure([setting for pole in poles for setting in pole.wordings])
+    for pole in poles:
+        pole.wording = _further([seen[setting].each for setting in pole.wordings])
+    searching = poles
+    for number, gain in enumerate(GAINS):
+        seen.measure([pole.at(gain, 0.5) for pole in searching])
+        searching = [pole for pole in searching if not _suffices(seen, pole, GAINS[: number + 1])]
+        seen.expected -= (len(poles) - len(searching)) if gain != GAINS[-1] else 0
+    for pole in poles:
+        pole.gain = _least_reaching(_halves(seen, pole), _wanted(seen, pole))
+    looping = poles
+    while looping:
+        seen.measure([pole.at(pole.gain, 1.0) for pole in looping])
+        looping = [pole for pole in looping if pole.gain > GAINS[0] and _loops(seen, pole) > seen.looping + LOOPS]
+        for pole in looping:
+            pole.gain = max(GAINS[0], round(0.8 * pole.gain, 2))
     progress("calibrated", 1.0)
+    rows = [_row(seen, pole) for pole in poles]
     chat = trials.backend.chat
-    return Calibration(chat.name, chat.revision, poles), rows
+    tuned: dict[str, dict[str, Tuned]] = {}
+    for row in rows:
+        tuned.setdefault(row["dimension"], {})[row["pole"]] = Tuned(row["principle"], row["gain"])
+    return Calibration(chat.name, chat.revision, tuned), rows
 
 
-def _pole_row(
-    trials: Trials, dimension: Dimension, side: int, plain: NDArray[np.float64], looping: float
-) -> dict[str, Any]:
-    place = 0 if side < 0 else 1
+class _Measurements:
+    """What was measured so far, kept as it comes."""
 
-    def moves(gain: float, weight: float, wording: int) -> tuple[NDArray[np.float64], float]:
-        """How far each reply moves towards the pole, (Q,), and the share of replies that loop."""
-        replies = trials.replies(_tuned(dimension, side, wording, gain), side * weight)
-        scores = trials.scores(replies, dimension)
-        judges = [column for column, pair in enumerate(pairs(dimension)) if pair[place] != wording] or [0]
-        beyond = np.sign(side * (scores[:, None, judges] - plain[None, :, judges]))  # (Q, Q, J)
-        return beyond.mean(axis=(1, 2)), float(np.mean([repeats(reply) for reply in replies]))
+    def __init__(
+        self, trials: Trials, dimensions: Dimensions, progress: Progress, unfinished: Unfinished | None
+    ) -> None:
+        self._trials, self._dimensions, self._progress, self._unfinished = trials, dimensions, progress, unfinished
+        kept = unfinished.state() if unfinished else None
+        self._known: dict[str, Any] = kept or {"plain": None, "read": {}, "moved": {}}
+        self.expected = 0
+        if self._known["plain"] is None:
+            (self._known["plain"],) = trials.replies([(None, 0.0)])
+        self.looping = float(np.mean([repeats(reply) for reply in self._known["plain"]]))
 
-    tried = [moves(1.0, 1.0, wording)[0] for wording in range(len(sentences(dimension, side)))]
-    wording = 0
+    def __getitem__(self, setting: Setting) -> Moved:
+        each, loops = self._known["moved"][repr(tuple(setting))]
+        return Moved(np.array(each), loops)
+
+    def __contains__(self, setting: Setting) -> bool:
+        return repr(tuple(setting)) in self._known["moved"]
+
+    def measure(self, settings: Sequence[Setting]) -> None:
+        """Measure those that are not known yet."""
+        new = [setting for setting in dict.fromkeys(settings) if setting not in self]
+        tuned = [_tuned(self._dimensions[one.dimension], one.side, one.wording, one.gain) for one in new]
+        people = [(dimension, one.side * one.weight) for dimension, one in zip(tuned, new, strict=True)]
+        for setting, replies in zip(new, self._trials.replies(people), strict=True):
+            moved = self._read(setting, replies)
+            self._known["moved"][repr(tuple(setting))] = (moved.each.tolist(), moved.loops)
+            name = self._dimensions[setting.dimension].pole(setting.side).name
+            what = f"{setting.dimension}, {name}: weight {setting.weight:g} at gain {setting.gain:g}"
+            self._progress(what, min(0.99, len(self._known["moved"]) / max(1, self.expected)))
+            if self._unfinished:
+                self._unfinished.keep(lambda: self._known)
+
+    def _read(self, setting: Setting, replies: list[str]) -> Moved:
+        dimension, side = self._dimensions[setting.dimension], setting.side
+        plain = self._plain(dimension)
+        place = 0 if side < 0 else 1
+        judges = [at for at, pair in enumerate(pairs(dimension)) if pair[place] != setting.wording] or [0]
+        said = zip(replies, self._known["plain"], strict=True)
+        others = [None if reply == before else reply for reply, before in said]
+        scores = self._trials.scores(others, dimension, judges)  # (Q, J)
+        for index, other in enumerate(others):
+            if other is None:
+                scores[index] = plain[index, judges]
+        beyond = np.sign(side * (scores[:, None] - plain[None, :, judges]))  # (Q, Q, J)
+        return Moved(beyond.mean(axis=(1, 2)), float(np.mean([repeats(reply) for reply in replies])))
+
+    def _plain(self, dimension: Dimension) -> NDArray[np.float64]:
+        """The plain replies' scores under every pair, (Q, J)."""
+        if dimension.key not in self._known["read"]:
+            columns = range(len(pairs(dimension)))
+            scores = self._trials.scores(self._known["plain"], dimension, columns)
+            self._known["read"][dimension.key] = scores.tolist()
+        return np.array(self._known["read"][dimension.key])
+
+
+def _further(tried: Sequence[NDArray[np.float64]]) -> int:
+    """The sentence that moves the replies furthest, the first where none does so by more than two standard errors."""
+    best = 0
     for index in range(1, len(tried)):
-        further = tried[index] - tried[wording]
+        further = tried[index] - tried[best]
         if further.mean() > 2 * further.std(ddof=1) / len(further) ** 0.5:
-            wording = index
-    wanted = HALF * float(tried[wording].mean())
-    halves = [float(moves(gain, 0.5, wording)[0].mean()) for gain in GAINS]
-    gain = _least_reaching(halves, wanted)
-    full, loops = moves(gain, 1.0, wording)
-    while loops > looping + LOOPS and gain > GAINS[0]:
-        gain = max(GAINS[0], round(0.8 * gain, 2))
-        full, loops = moves(gain, 1.0, wording)
-    half = float(np.interp(gain, GAINS, halves))
-    return {
-        "dimension": dimension.key,
-        "pole": dimension.pole(side).name,
-        "principle": sentences(dimension, side)[wording],
-        "wording": wording,
-        "moves": [round(float(one.mean()), 3) for one in tried],
-        "gain": gain,
-        "half": round(half, 3),
-        "full": round(float(full.mean()), 3),
-        "loops": round(loops, 3),
-        "reached": wanted > 0 and half >= 0.9 * wanted,
-    }
+            best = index
+    return best
+
+
+def _wanted(seen: _Measurements, pole: _Pole) -> float:
+    """How far half a weight is to move the replies."""
+    return HALF * seen[pole.at(1.0, 1.0)].mean
+
+
+def _halves(seen: _Measurements, pole: _Pole) -> list[float]:
+    """How far half a weight moves them at the gains that were tried, from the least on."""
+    return [seen[pole.at(gain, 0.5)].mean for gain in GAINS if pole.at(gain, 0.5) in seen]
+
+
+def _suffices(seen: _Measurements, pole: _Pole, gains: Sequence[float]) -> bool:
+    """Whether the pole's gain is known from what half a weight does at these."""
+    wanted = _wanted(seen, pole)
+    return gains[-1] >= 1.0 if wanted <= 0 else seen[pole.at(gains[-1], 0.5)].mean >= wanted
 
 
 def _least_reaching(halves: Sequence[float], wanted: float) -> float:
@@ -167,12 +303,33 @@ def _least_reaching(halves: Sequence[float], wanted: float) -> float:
     if wanted <= 0:
         return 1.0
     before_gain, before = 0.0, 0.0
-    for gain, moved in zip(GAINS, halves, strict=True):
+    for gain, moved in zip(GAINS, halves, strict=False):
         if moved >= wanted:
             share = (wanted - before) / (moved - before)
             return max(GAINS[0], round(before_gain + share * (gain - before_gain), 2))
         before_gain, before = gain, moved
     return GAINS[-1]
+
+
+def _loops(seen: _Measurements, pole: _Pole) -> float:
+    return seen[pole.at(pole.gain, 1.0)].loops
+
+
+def _row(seen: _Measurements, pole: _Pole) -> dict[str, Any]:
+    halves, wanted, full = _halves(seen, pole), _wanted(seen, pole), seen[pole.at(pole.gain, 1.0)]
+    half = float(np.interp(pole.gain, GAINS[: len(halves)], halves))
+    return {
+        "dimension": pole.dimension.key,
+        "pole": pole.name,
+        "principle": sentences(pole.dimension, pole.side)[pole.wording],
+        "wording": pole.wording,
+        "moves": [round(seen[setting].mean, 3) for setting in pole.wordings],
+        "gain": pole.gain,
+        "half": round(half, 3),
+        "full": round(full.mean, 3),
+        "loops": round(full.loops, 3),
+        "reached": wanted > 0 and half >= 0.9 * wanted,
+    }
 
 
 def _tuned(dimension: Dimension, side: int, wording: int, gain: float) -> Dimension:

@@ -15,7 +15,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from prefmw.alignment import Combined
-from prefmw.decoding import Request, Sampling
+from prefmw.decoding import Generation, Request, Sampling
 from prefmw.errors import UsageError
 from prefmw.evaluation.content import read_content, repeats
 from prefmw.evaluation.held_out import KINDS, Item, held_out_items
@@ -42,7 +43,7 @@ TOP_P = Defaults.top_p
 """The nucleus of the candidate rule, prefmw's default."""
 
 WAITING = 128
-"""Requests handed to the engine at once."""
+"""Requests that the engine has at a time."""
 
 
 @dataclass(frozen=True)
@@ -289,18 +290,14 @@ def replies_to(
     requests = [
         replace(request, sampling=replace(request.sampling, seed=seed + index * many + copy))
         for index, (messages, profile) in enumerate(zip(conversations, profiles, strict=True))
-        for request in [_request(messages, profile, condition, backend, dimensions)]
+        for request in [request_of(messages, profile, condition, backend, dimensions)]
         for copy in range(many)
     ]
     started = time.perf_counter()
     said: list[list[int]] = []
-    for at in range(0, len(requests), WAITING):
-        generations = [backend.engine.submit(request) for request in requests[at : at + WAITING]]
-        for request, generation in zip(requests[at : at + WAITING], generations, strict=True):
-            ids = list(generation)
-            ended = generation.finish_reason == "stop"
-            said.append([*ids, min(request.stop_ids)] if ended and many > 1 else ids)
-            progress(len(said) // many)
+    for request, (ids, ended) in zip(requests, said_to(requests, backend), strict=True):
+        said.append([*ids, min(request.stop_ids)] if ended and many > 1 else ids)
+        progress(len(said) // many)
     if many > 1:
         chosen = []
         for index, messages in enumerate(conversations):
@@ -313,9 +310,33 @@ def replies_to(
     return [chat.tokenizer.decode(reply, skip_special_tokens=True) for reply in said], seconds, tokens
 
 
-def _request(
+def said_to(requests: Iterable[Request], backend: Backend) -> Iterator[tuple[list[int], bool]]:
+    """The replies' tokens, in the order of the requests, and whether each came to its end.
+
+    The engine has :data:`WAITING` of them at a time and is never short of rows; who stops reading cancels those.
+    """
+    waiting: deque[Generation] = deque()
+    try:
+        for request in requests:
+            waiting.append(backend.engine.submit(request))
+            if len(waiting) == WAITING:
+                yield _whole(waiting.popleft())
+        while waiting:
+            yield _whole(waiting.popleft())
+    finally:
+        for generation in waiting:
+            generation.cancel()
+
+
+def _whole(generation: Generation) -> tuple[list[int], bool]:
+    with generation:
+        return list(generation), generation.finish_reason == "stop"
+
+
+def request_of(
     messages: Sequence[Message], profile: Profile, condition: Condition, backend: Backend, dimensions: Dimensions
 ) -> Request:
+    """What the engine is asked for under a condition, with seed 0."""
     method = {"sharpened": "prompt", "shuffled": "linear"}.get(condition.name, condition.name)
     method = "prompt" if method.startswith("best-of-") else method
     strength = condition.strength if STRENGTHS[method] else None

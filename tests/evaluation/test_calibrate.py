@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
 
+from prefmw.errors import UsageError
 from prefmw.evaluation import calibrate, steer
 from prefmw.evaluation.calibrate import GAINS, HALF, Trials, pairs, sentences
 from prefmw.preferences import default_dimensions, parse_dimensions
+from prefmw.training import unfinished
+from prefmw.training.unfinished import Unfinished
 
 ONE = """
 [calm]
@@ -28,18 +32,19 @@ class Scripted(Trials):
     def force(self):
         return {"Be wild.": 1.0, "Rage.": 1.0, "Storm.": 1.0, "Be calm.": 0.5, "Rest.": 1.0}
 
-    def replies(self, dimension, weight):
-        pole = None if dimension is None else dimension.pole(weight)
-        lean = 0.0 if pole is None else weight * pole.gain * self.force[pole.principle]
-        return [f"{lean + noise} stands for a reply." for noise in self.noise]
+    def replies(self, people):
+        for dimension, weight in people:
+            pole = None if dimension is None else dimension.pole(weight)
+            lean = 0.0 if pole is None else weight * pole.gain * self.force[pole.principle]
+            yield [f"{lean + noise} stands for a reply." for noise in self.noise]
 
     @property
     def noise(self):
         return np.linspace(-1.5, 1.5, len(self.questions))
 
-    def scores(self, replies, dimension):
-        said = np.array([float(reply.split()[0]) for reply in replies])
-        return np.repeat(said[:, None], len(pairs(dimension)), axis=1)
+    def scores(self, replies, dimension, columns):
+        said = np.array([float(reply.split()[0]) if reply else np.nan for reply in replies])
+        return np.repeat(said[:, None], len(list(columns)), axis=1)
 
 
 @pytest.fixture
@@ -80,8 +85,8 @@ def test_a_gain_at_which_replies_loop_is_not_taken(scripted, monkeypatch):
 
 def test_a_model_that_half_a_weight_does_not_move_gets_the_largest_gain_and_is_said_to_fall_short(scripted):
     class Deaf(Scripted):
-        def replies(self, dimension, weight):
-            return super().replies(dimension, weight if abs(weight) == 1 else 0.0)
+        def replies(self, people):
+            return super().replies([(dimension, weight if abs(weight) == 1 else 0.0) for dimension, weight in people])
 
     deaf = Deaf(scripted.backend, scripted.questions)
     _, rows = calibrate.calibrate(deaf, parse_dimensions(ONE), lambda what, share: None)
@@ -92,6 +97,82 @@ def test_a_pole_whose_sentence_does_nothing_keeps_its_gain(scripted):
     scripted.force.update(dict.fromkeys(scripted.force, 0.0))
     _, rows = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
     assert all(row["gain"] == 1.0 and row["wording"] == 0 and not row["reached"] for row in rows)
+
+
+class Watched(Scripted):
+    """The same, and whom they were asked as."""
+
+    @functools.cached_property
+    def asked(self):
+        return []
+
+    def replies(self, people):
+        for person, said in zip(people, super().replies(people), strict=True):
+            self.asked.append(person)
+            yield said
+
+
+@pytest.fixture
+def watched(scripted):
+    return Watched(scripted.backend, scripted.questions)
+
+
+def test_gains_are_tried_from_the_least_until_one_suffices(watched):
+    _, rows = calibrate.calibrate(watched, parse_dimensions(ONE), lambda what, share: None)
+    gains = [dimension.pole(weight).gain for dimension, weight in watched.asked if dimension and abs(weight) == 0.5]
+    assert max(row["gain"] for row in rows) <= max(gains) < GAINS[-1]
+    assert sorted(gains) == sorted(2 * [gain for gain in GAINS if gain <= max(gains)])
+
+
+def test_a_killed_calibration_goes_on_and_comes_to_what_an_unbroken_one_does(scripted, watched, tmp_path, monkeypatch):
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+    registry, about = parse_dimensions(ONE), scripted.about(parse_dimensions(ONE))
+    found, rows = calibrate.calibrate(scripted, registry, lambda what, share: None)
+    shares = []
+
+    def killed(what, share):
+        shares.append(share)
+        if len(shares) % 4 == 0:
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate.calibrate(watched, registry, killed, Unfinished(tmp_path / "c.json", about))
+    assert shares == sorted(shares)
+    calm = Unfinished(tmp_path / "c.json", about)
+    again, same = calibrate.calibrate(watched, registry, lambda what, share: None, calm)
+    assert (again, same) == (found, rows)
+    settings = [(dimension.pole(weight), weight) for dimension, weight in watched.asked if dimension]
+    assert len(settings) - len(set(settings)) == 3  # what a kill fell into, and nothing else, is asked twice
+    assert [dimension for dimension, _ in watched.asked].count(None) == 1
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"questions": ["Why?"]}])
+def test_a_calibration_does_not_go_on_with_another_s_measurements(scripted, tmp_path, other):
+    registry = parse_dimensions(ONE)
+    Unfinished(tmp_path / "c.json", scripted.about(registry))
+    with pytest.raises(UsageError, match="unfinished work with other settings"):
+        Unfinished(tmp_path / "c.json", dataclasses.replace(scripted, **other).about(registry))
+
+
+def test_a_reply_that_was_given_plainly_as_well_does_not_move(scripted):
+    """However its scores come out the second time, of which the last bits depend on what is read beside it."""
+
+    class Noisy(Scripted):
+        def replies(self, people):
+            for _ in people:
+                yield ["The same."] * len(self.questions)
+
+        def scores(self, replies, dimension, columns):
+            assert set(replies) in ({"The same."}, {None})
+            return np.random.default_rng(len(set(replies) & {None})).normal(size=(len(replies), 1)) * np.ones(
+                len(list(columns))
+            )
+
+    _, rows = calibrate.calibrate(
+        Noisy(scripted.backend, scripted.questions), parse_dimensions(ONE), lambda what, share: None
+    )
+    assert all(row["moves"] == [0.0] * len(row["moves"]) for row in rows)
 
 
 def test_a_real_model_is_measured_end_to_end(backend, monkeypatch):
