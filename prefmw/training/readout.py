@@ -52,8 +52,8 @@ _FOLDER = files("prefmw.training") / "preference_files"
 
 
 class Example(NamedTuple):
-    """A text and the sides it takes; ``weight`` in the loss. ``written`` for this, not put together of qualities or of
-    two others, nor taken from the topics; of such alone some are ``held_out`` from the fit.
+    """A text and the sides it takes; ``weight`` in the loss. ``written`` by itself, not put together of qualities or of
+    two others, nor a contrast, nor taken from the topics; of such alone some are ``held_out`` from the fit.
     """
 
     text: str
@@ -64,7 +64,9 @@ class Example(NamedTuple):
 
 
 def written_examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: int) -> list[Example]:
-    """What people wrote: the bank, the statements, and what states nothing. A tenth is held out."""
+    """What people wrote: the bank, the statements, and what states nothing, a tenth of it held out; and contrasts, that
+    is statements many of which differ in a few words and take opposite sides.
+    """
     rng = random.Random(seed)
     found = [
         Example(anchor.text, {anchor.dimension: anchor.side} if anchor.dimension else {}, 2.0 - abs(anchor.side), True)
@@ -74,6 +76,8 @@ def written_examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: in
     for key, poles in _poles(dimensions).items():
         found += [Example(text, {key: side}, 1.0, True) for side, pole in poles.items() for text in pole["statements"]]
     found = [one._replace(held_out=rng.random() < HELD_OUT) for one in found]
+    for key, poles in _poles(dimensions).items():  # whose twins would be on either side of the split
+        found += [Example(text, {key: side}, 1.0) for side, pole in poles.items() for text in pole["contrasts"]]
     questions = [question for topic in load_topics() for question in topic.questions]
     return found + [Example(text, {}, 1.0) for text in rng.sample(questions, QUESTIONS)]
 
