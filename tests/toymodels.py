@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prefmw.models.persrm import BackboneCard, Card, PersRM
 
 SENTENCES = [
     "How do I fall asleep faster? Keep the room dark and cool, and put the phone away an hour before bed.",
@@ -131,3 +134,23 @@ def save_chat_model(folder: Path, family: str = "chatml", *, context: int = 512)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def random_persrm(chat: Any, *, size: float = 0.5, seed: int = 0) -> PersRM:
+    """A PersRM on a chat model, made from a seed: a LoRA on all its linear layers but the head, and a W, large enough
+    that both matter to its logits.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    lora = {
+        name: (drawn(4, layer.in_features) * size / 4, drawn(layer.out_features, 4) * size / 4)
+        for name, layer in chat.module.named_modules()
+        if type(layer) is torch.nn.Linear and not name.endswith("lm_head")
+    }
+    card = Card("toy-persrm", BackboneCard.of(chat))
+    width = card.backbone.hidden_size
+    weight = drawn(width, width) * size / width**0.5
+    return PersRM(card, f"seed{seed}", lora, weight, drawn(width) * 0.1, drawn(width).abs() + 0.5)
