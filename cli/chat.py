@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefmw.cli.options import DatabaseOption, actor
+from prefmw.cli.options import DatabaseOption, PersRMOption, actor
 from prefmw.cli.output import emit, loading, print_json, say
 from prefmw.errors import PrefmwError, UnknownUserError, UsageError
 
@@ -112,11 +112,12 @@ def chat(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="Chat model: a folder, a hub id or an embedded model.")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="auto, none, prompt, linear or drift.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="auto, none, prompt, linear, drift or pad.")] = None,
     strength: Annotated[
         float | None,
         typer.Option(
-            "--strength", help="How far to steer; linear: ratio in 0..10, 2 by default; drift: gain in 0..5, 1."
+            "--strength",
+            help="How far to steer; linear: ratio in 0..10, 2 by default; drift: gain in 0..5, 1; pad: beta, 0..3, 1.",
         ),
     ] = None,
     system: Annotated[str | None, typer.Option("-s", "--system", help="System prompt.")] = None,
@@ -129,6 +130,10 @@ def chat(
     top_k: Annotated[int | None, typer.Option("--top-k", help="Most candidates a token is drawn from.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Tokens of the reply, at most.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same reply.")] = None,
+    persrm: PersRMOption = None,
+    candidate: Annotated[
+        str | None, typer.Option("--candidate", help="How pad picks: greedy, stochastic or best-of-k.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all that was applied.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is whole.")] = False,
     learn: Annotated[
@@ -148,7 +153,7 @@ def chat(
 
     if continue_ and conversation:
         raise UsageError("-c continues the latest conversation, --conversation another; give one of them")
-    flags = {"user": user, "model": model, "database": database, "learn": learn}
+    flags = {"user": user, "model": model, "database": database, "learn": learn, "persrm": persrm}
     flags["log"] = False if no_log else None
     settings = load_settings(flags)
     find_embedded(settings.model)  # before anybody is asked anything
@@ -165,7 +170,7 @@ def chat(
         with loading(settings.model):
             from prefmw.personalizer import Options
 
-            options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed)
+            options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed, candidate=candidate)
             personalizer = build_personalizer(settings, store)
             personalizer.plan(profile, options)  # a wrong flag is told before the weights load
             earlier = None

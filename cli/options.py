@@ -19,6 +19,10 @@ DatabaseOption = Annotated[
     str | None,
     typer.Option("-d", "--database", metavar="URL", help="SQLAlchemy URL or SQLite file; by default the home's."),
 ]
+PersRMOption = Annotated[
+    str | None,
+    typer.Option("--persrm", help="The PersRM that guides pad: a folder or hub id; by default the model's own."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 UserArgument = Annotated[str, typer.Argument(metavar="ID", help="The user's id.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, kept with the revision.")]

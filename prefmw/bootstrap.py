@@ -10,23 +10,27 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmw.embedded import find_embedded, shipped_readout
+from prefmw.embedded import find_embedded, find_persrm, shipped_readout
 from prefmw.errors import UsageError
 from prefmw.preferences import Dimensions, PreferenceStore, default_dimensions, parse_dimensions
 from prefmw.settings import Settings, expanded
 
 if TYPE_CHECKING:
     from prefmw.decoding import Engine
-    from prefmw.models import ChatModel
+    from prefmw.guidance import Guidance
+    from prefmw.models import ChatModel, ModelSpec
     from prefmw.personalizer import Backend, Personalizer
     from prefmw.preferences.calibration import Calibration
     from prefmw.preferences.inference import Inferer
     from prefmw.scoring import Scale
 
 _backends: dict[str, Backend] = {}
+_guidances: dict[tuple[str, str], Guidance] = {}
+_backbones: dict[str, ChatModel] = {}
 _inferers: dict[str, Inferer] = {}
 _lock = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -57,6 +61,8 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
         max_tokens=settings.max_tokens,
         seed=settings.seed,
         max_dials=settings.max_dials,
+        candidate=settings.candidate,
+        has_persrm=has_persrm(settings),
     )
     return Personalizer(
         store,
@@ -182,26 +188,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def load_backend(settings: Settings) -> Backend:
-    """The settings' chat model and its engine: one per model, revision, dtype and device in this process.
+    """The settings' chat model and its engine: one per model, revision, dtype and device in this process; with it what
+    loads the settings' PersRM when it is needed.
 
     Raises:
         ModelError: it cannot be found or loaded.
     """
     from prefmw.decoding import Engine
-    from prefmw.models import ModelSpec, load_chat_model
+    from prefmw.models import load_chat_model
     from prefmw.personalizer import Backend
 
-    spec = ModelSpec(
-        name=settings.model,
-        path=find_embedded(settings.model),
-        revision=settings.model_revision,
-        device=settings.device,
-        dtype=settings.dtype,
-        device_map=settings.device_map,
-        quantization=settings.quantization,
-        trust_remote_code=settings.trust_remote_code,
-        template_options=settings.template_options,
-    )
+    spec = _spec(settings)
     with _lock:
         key = repr(spec)
         if key not in _backends:
@@ -222,7 +219,83 @@ def load_backend(settings: Settings) -> Backend:
             if not _backends:
                 atexit.register(close_engines)
             _backends[key] = Backend(chat, engine)
-        return _backends[key]
+        backend = _backends[key]
+    if not has_persrm(settings):
+        return backend
+    return backend._replace(load_guidance=lambda: load_guidance(settings, backend))
+
+
+def has_persrm(settings: Settings) -> bool:
+    """Whether a PersRM is configured, or embedded for the settings' chat model."""
+    return settings.persrm is not None or find_persrm(None, settings.model) is not None
+
+
+def load_guidance(settings: Settings, backend: Backend) -> Guidance:
+    """The settings' PersRM on their chat model's engine, loaded once per engine.
+
+    Raises:
+        ModelNotFoundError: there is none by that path or id, or its backbone is not to be found.
+        ModelError: it cannot be read, or does not fit the backbone.
+    """
+    from prefmw.guidance import put_on
+    from prefmw.models import load_chat_model
+    from prefmw.models.persrm import load_persrm
+
+    def load_backbone(name: str) -> ChatModel:
+        spec = replace(_spec(settings), name=name, path=find_embedded(name), revision=None, quantization=None)
+        if repr(spec) not in _backbones:
+            _backbones[repr(spec)] = load_chat_model(spec)
+        return _backbones[repr(spec)]
+
+    with _lock:
+        persrm = load_persrm(persrm_folder(settings))
+        key = (repr(_spec(settings)), persrm.revision)
+        if key not in _guidances:
+            _guidances[key] = put_on(persrm, backend.chat, backend.engine, load_backbone)
+        return _guidances[key]
+
+
+def persrm_folder(settings: Settings) -> Path:
+    """Where the settings' PersRM lies; one by hub id is downloaded.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    from prefmw.errors import ModelNotFoundError
+
+    if (embedded := find_persrm(settings.persrm, settings.model)) is not None:
+        return embedded
+    name = settings.persrm or ""
+    path = expanded(name)
+    if path.is_dir() or path.is_file() or name.startswith((".", "~", "/")) or name.count("/") != 1:
+        if not path.is_dir():
+            raise ModelNotFoundError(
+                f"no PersRM '{name[:80]}'; name a folder that 'prefmw train persrm' wrote, or a hub id"
+            )
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["persrm.*", "*.pt", "*.bin"]))
+    except Exception as error:  # the hub and the network raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise ModelNotFoundError(f"no PersRM '{name[:80]}': no such folder here, nor on the hub: {reason}") from error
+
+
+def _spec(settings: Settings) -> ModelSpec:
+    from prefmw.models import ModelSpec
+
+    return ModelSpec(
+        name=settings.model,
+        path=find_embedded(settings.model),
+        revision=settings.model_revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        device_map=settings.device_map,
+        quantization=settings.quantization,
+        trust_remote_code=settings.trust_remote_code,
+        template_options=settings.template_options,
+    )
 
 
 def _check_once(remembered: Path, chat: ChatModel, engine: Engine) -> None:
@@ -255,3 +328,5 @@ def close_engines() -> None:
         for backend in _backends.values():
             backend.engine.close()
         _backends.clear()
+        _guidances.clear()
+        _backbones.clear()

@@ -1,4 +1,4 @@
-"""What ships inside the package, chat models and read-outs of preferences, and where it lies."""
+"""What ships inside the package, chat models, PersRMs and read-outs of preferences, and where it lies."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ from pathlib import Path
 from prefmw.errors import ModelNotFoundError
 
 EMBEDDED = ("tiny",)
-"""Their names."""
+"""The chat models' names."""
+
+PERSRM = {"tiny": "tiny-persrm"}
+"""The PersRM that is embedded for a chat model."""
 
 
 def embedded_path(name: str) -> Path:
     """Where an embedded model lies, or would lie."""
     return Path(str(files("prefmw"))) / "assets" / name
+
+
+def find_persrm(name: str | None, model: str) -> Path | None:
+    """The folder of the PersRM of that name, or of the one embedded for ``model`` where none is named; ``None`` for a
+    path or hub id, or where there is none.
+    """
+    known = PERSRM.get(model) if name is None else name if name in PERSRM.values() else None
+    path = embedded_path(known) if known else None
+    return path if path and (path / "persrm.json").is_file() else None
 
 
 def find_embedded(model: str) -> Path | None:

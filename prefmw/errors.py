@@ -14,6 +14,7 @@
     │   └── ContextLengthError     the prompt does not fit the model's context
     ├── MissingExtraError          an optional package is not installed
     ├── ModelError                 weights or tokenizer could not be loaded, or cannot be used
+    ├── TrainingError              a training met a number that is not finite
     ├── StoreError                 the database could not do it
     │   ├── StoreLockedError       another process holds the write lock; worth a retry
     │   ├── SchemaVersionError     the database was made by another version of prefmw
@@ -46,6 +47,7 @@ __all__ = [
     "SettingsError",
     "StoreError",
     "StoreLockedError",
+    "TrainingError",
     "UnknownConversationError",
     "UnknownUserError",
     "UnreadablePersonError",
@@ -113,6 +115,10 @@ class MissingExtraError(PrefmwError):
 
 class ModelError(PrefmwError):
     """Weights or tokenizer could not be loaded, or cannot be used."""
+
+
+class TrainingError(PrefmwError):
+    """A training stopped: its loss or a weight is not finite."""
 
 
 class StoreError(PrefmwError):

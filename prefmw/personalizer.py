@@ -10,15 +10,25 @@ import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from prefmw.alignment import Combiner, combine_drift, combine_linear, combine_plain
-from prefmw.decoding import Engine, Request, Sampling, View
-from prefmw.errors import ConflictError, ContextLengthError, MissingExtraError, UnknownUserError, UsageError
+from prefmw.decoding import Engine, Generation, Request, Sampling, View
+from prefmw.errors import ConflictError, ContextLengthError, MissingExtraError, StoreError, UnknownUserError, UsageError
+from prefmw.guidance import Guidance, seeded
 from prefmw.models import ChatModel, Detokenizer
 from prefmw.preferences import (
     AUTO,
+    BEST_OF_K,
+    GREEDY,
+    PAD_TEMPERATURE,
+    PAD_TOP_K,
+    STOCHASTIC,
     STRENGTHS,
     Dimensions,
     Message,
@@ -27,6 +37,7 @@ from prefmw.preferences import (
     Source,
     Stated,
     Turn,
+    check_candidate,
     check_method,
     check_strength,
     check_text,
@@ -40,10 +51,26 @@ from prefmw.reply import Plan, Reply, ReplyStream, Timing
 
 
 class Backend(NamedTuple):
-    """A loaded chat model and the engine that decodes with it."""
+    """A loaded chat model, the engine that decodes with it, and what loads the PersRM that guides it, where there is
+    one.
+    """
 
     chat: ChatModel
     engine: Engine
+    load_guidance: Callable[[], Guidance] | None = None
+
+    def guidance(self) -> Guidance:
+        """The PersRM on this engine.
+
+        Raises:
+            UsageError: none is configured for this model.
+        """
+        if self.load_guidance is None:
+            raise UsageError(
+                f"method 'pad' needs a PersRM, and none is known for '{self.chat.name}': name one with --persrm "
+                "(PREFMW_PERSRM), or make one with 'prefmw train persrm'"
+            )
+        return self.load_guidance()
 
 
 @dataclass(frozen=True)
@@ -58,6 +85,7 @@ class Options:
     max_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    candidate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +100,17 @@ class Defaults:
     max_tokens: int = 512
     seed: int | None = None
     max_dials: int = 7
+    candidate: str | None = None
+    has_persrm: bool = False
 
 
-def choose_method(profile: Profile, dimensions: Dimensions, asked: str | None, default: str) -> str:
+def choose_method(
+    profile: Profile, dimensions: Dimensions, asked: str | None, default: str, *, has_persrm: bool = False
+) -> str:
     """The method of a turn: the call's, else the user's, else the default's, else by the profile.
 
-    By the profile means ``linear`` where there is a principle to follow, else ``none``.
+    By the profile means ``none`` where there is no principle to follow, else ``pad`` where there is a PersRM, else
+    ``linear``.
 
     Raises:
         UsageError: the one asked for does not exist.
@@ -85,7 +118,9 @@ def choose_method(profile: Profile, dimensions: Dimensions, asked: str | None, d
     for method in (asked, profile.method, default):
         if method is not None and check_method(method) != AUTO:
             return method
-    return "linear" if principle_text(profile, dimensions) else "none"
+    if not principle_text(profile, dimensions):
+        return "none"
+    return "pad" if has_persrm else "linear"
 
 
 def make_plan(
@@ -96,8 +131,11 @@ def make_plan(
     sampling: Sampling,
     *,
     max_dials: int = Defaults.max_dials,
+    candidate: str = STOCHASTIC,
 ) -> Plan:
-    """How ``method`` steers a reply to this person; of more than ``max_dials`` weights Drift takes the strongest."""
+    """How ``method`` steers a reply to this person; of more than ``max_dials`` weights Drift takes the strongest, and
+    ``candidate`` is how PAD picks.
+    """
     dials = dials_of(profile, dimensions) if method == "drift" else []
     return Plan(
         method=method,
@@ -108,7 +146,28 @@ def make_plan(
         sampling=sampling,
         dials=tuple(dials[:max_dials]),
         left_out=tuple(dial.dimension for dial in dials[max_dials:]),
+        candidate=candidate if method == "pad" else None,
     )
+
+
+def candidate_rule(sampling: Sampling, candidate: str | None, top_p: float | None) -> tuple[Sampling, str]:
+    """PAD's way of drawing: the base's ``top_k`` likeliest tokens, ten by default, within a nucleus only where a call
+    names one, and greedy, stochastic (at temperature 0.7 where none is set) or the best of ``top_k`` whole replies.
+
+    Without a ``candidate`` the temperature decides between the first two.
+
+    Raises:
+        UsageError: no such way.
+    """
+    check_candidate(candidate)
+    candidate = candidate or (STOCHASTIC if sampling.temperature else GREEDY)
+    temperature = 0.0 if candidate == GREEDY else sampling.temperature or PAD_TEMPERATURE
+    return replace(
+        sampling,
+        temperature=temperature,
+        top_p=top_p or 1.0,
+        top_k=PAD_TOP_K if sampling.top_k is None else sampling.top_k,
+    ), candidate
 
 
 class Personalizer:
@@ -154,19 +213,26 @@ class Personalizer:
         Raises:
             UsageError: an option out of range, an unknown method, or a strength that the method does not take.
         """
-        method = choose_method(profile, self._dimensions, options.method, self._defaults.method)
+        defaults = self._defaults
+        method = choose_method(
+            profile, self._dimensions, options.method, defaults.method, has_persrm=defaults.has_persrm
+        )
         strength = options.strength
         if strength is None:
             strength = profile.strengths.get(method, self._defaults.strength.get(method))
         elif STRENGTHS[method] is None and options.method in (None, AUTO):
             strength = None  # asked for whatever method applies, and this one takes none: stream() says so
+        sampling, candidate = self.sampling(options), check_candidate(options.candidate or defaults.candidate)
+        if method == "pad":
+            sampling, candidate = candidate_rule(sampling, candidate, options.top_p)
         return make_plan(
             profile,
             self._dimensions,
             method,
             check_strength(method, strength),
-            self.sampling(options),
-            max_dials=self._defaults.max_dials,
+            sampling,
+            max_dials=defaults.max_dials,
+            candidate=candidate or STOCHASTIC,
         )
 
     def stream(
@@ -203,10 +269,16 @@ class Personalizer:
             raise
         profile, heard = self.reread(profile, messages[-1].content)
         plan = self.plan(profile, options)
-        chat, engine = self._backend()
+        backend = self._backend()
+        chat, guidance, scale = backend.chat, None, None
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
+        if plan.method == "pad" and plan.principle:
+            guidance = backend.guidance()
+            plan = replace(plan, persrm=guidance.label)
+            scale = self._scale(user_id, plan.principle, guidance, keep=log)
         notices = [*heard, *_notices(plan, options, user_id)]
-        request = replace(within_context(build_request(plan, messages, chat), chat), owner=user_id)
+        request = build_request(plan, messages, chat, guidance, scale)
+        request = replace(within_context(request, chat), owner=user_id)
         prompt = max(len(view.context) for view in request.views)
         room = request.sampling.max_tokens
         if options.max_tokens is not None and room < options.max_tokens:
@@ -227,7 +299,8 @@ class Personalizer:
         def record(reply: Reply, token_ids: Sequence[int]) -> Reply:
             return self._record(reply, token_ids, messages, chat, replaces) if log else reply
 
-        return ReplyStream(engine.submit(request), Detokenizer(chat.tokenizer, options.stop), draft, record)
+        generation = begin(plan, request, messages, backend.engine, guidance, scale)
+        return ReplyStream(generation, Detokenizer(chat.tokenizer, options.stop), draft, record)
 
     def reply(
         self,
@@ -269,6 +342,21 @@ class Personalizer:
         """Drop what is kept in memory of a user's conversations, as when they were erased."""
         if self._loaded:
             self._backend().engine.forget(user_id)
+
+    def _scale(self, user_id: str, preference: str, guidance: Guidance, *, keep: bool) -> Tensor | None:
+        """w_p of a preference text, where ``keep`` allows it kept in the store for the user's next turn."""
+        if guidance.persrm.weight is None:
+            return None
+        content = hashlib.sha256(preference.encode()).hexdigest()
+        kept = self._store.vector(user_id, "persrm", guidance.label, content)
+        if kept is not None:
+            return torch.tensor(kept)
+        scale = guidance.scale(preference)
+        assert scale is not None
+        if keep:
+            with suppress(StoreError):  # what is not kept is computed again
+                self._store.put_vector(user_id, "persrm", guidance.label, content, scale.tolist())
+        return scale
 
     def sampling(self, options: Options) -> Sampling:
         """How tokens are drawn: as the call says, and else as the defaults do; a seed that nobody gave is drawn."""
@@ -402,13 +490,46 @@ def _notices(plan: Plan, options: Options, user_id: str) -> list[str]:
             )
     elif plan.method != "none" and not plan.principle:
         notices.append(f"{user_id} has no persona and no style weight of 0.15 or more, so the reply is plain")
+    if options.candidate is not None and plan.candidate is None:
+        notices.append(f"--candidate has no effect: it is PAD's, and the method is '{plan.method}'")
     if options.strength is not None and plan.strength is None:
         notices.append(f"strength {options.strength:g} has no effect: method '{plan.method}' takes none")
     return notices
 
 
-def build_request(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> Request:
-    """The contexts that a method reads the reply in, and how their logits are combined."""
+def begin(
+    plan: Plan,
+    request: Request,
+    messages: Sequence[Message],
+    engine: Engine,
+    guidance: Guidance | None = None,
+    scale: Tensor | None = None,
+) -> Generation:
+    """Ask the engine for the reply: one, or where the best of several is wanted all of them."""
+    if guidance is None or plan.candidate != BEST_OF_K or not plan.strength:
+        return engine.submit(request)
+    count = plan.sampling.top_k or PAD_TOP_K
+    generations: list[Generation] = []
+    try:
+        for copy in range(count):
+            generations.append(engine.submit(seeded(request, copy)))
+    except BaseException:  # what was begun has no reader
+        for generation in generations:
+            generation.cancel()
+        raise
+    return guidance.best_of(messages, plan.principle, scale, engine, generations)
+
+
+def build_request(
+    plan: Plan,
+    messages: Sequence[Message],
+    chat: ChatModel,
+    guidance: Guidance | None = None,
+    scale: Tensor | None = None,
+) -> Request:
+    """The contexts that a method reads the reply in, and how their logits are combined. PAD needs the PersRM's
+    ``guidance`` and the person's w_p.
+    """
 
     def request(combiner: Combiner, *contexts: Sequence[Message], parameters: tuple[float, ...] = ()) -> Request:
         views = tuple(View(chat.template.encode(context)) for context in contexts)
@@ -416,6 +537,11 @@ def build_request(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> R
 
     if plan.method == "none" or not (plan.principle or plan.dials):
         return request(combine_plain, messages)
+    if plan.method == "pad":
+        if guidance is None:
+            raise UsageError("a plan by PAD needs the PersRM that it is guided by")
+        beta = 0.0 if plan.candidate == BEST_OF_K else plan.strength or 0.0  # the best of the base's own replies
+        return guidance.request(messages, plan.principle, scale, beta, plan.sampling)
     if plan.method == "drift":
         base = with_principle(messages, plan.principle, chat) if plan.principle else messages
         if not plan.dials or plan.strength == 0:

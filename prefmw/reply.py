@@ -18,7 +18,7 @@ class Plan:
     """How a reply is steered: everything but the conversation that decides its distribution.
 
     ``principle`` is what every steered view reads. ``dials`` are Drift's, a view each; ``left_out`` are the
-    dimensions beyond their bound.
+    dimensions beyond their bound. ``candidate`` is how PAD picks, ``persrm`` the checkpoint that guides it.
     """
 
     method: str
@@ -29,6 +29,8 @@ class Plan:
     sampling: Sampling
     dials: tuple[Dial, ...] = ()
     left_out: tuple[str, ...] = ()
+    candidate: str | None = None
+    persrm: str | None = None
 
     def as_json(self, chat: ChatModel) -> dict[str, Any]:
         """The plan on one model, as it is recorded with a turn."""
@@ -44,6 +46,8 @@ class Plan:
                 "top_p": self.sampling.top_p,
                 "top_k": self.sampling.top_k,
             },
+            "candidate": self.candidate,
+            "persrm": self.persrm,
             "model": chat.name,
             "model_revision": chat.revision,
             "dtype": chat.dtype,
@@ -88,6 +92,8 @@ class Reply:
             "model": self.model,
             "method": self.plan.method,
             "strength": self.plan.strength,
+            "candidate": self.plan.candidate,
+            "persrm": self.plan.persrm,
             "seed": self.plan.sampling.seed,
             "finish_reason": self.finish_reason,
             "usage": {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens},

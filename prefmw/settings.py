@@ -25,7 +25,7 @@ from pydantic_settings import (
 )
 
 from prefmw.errors import SettingsError, UsageError
-from prefmw.preferences import check_method, check_strength
+from prefmw.preferences import check_candidate, check_method, check_strength
 
 CONFIG_FILE = "config.toml"
 
@@ -123,7 +123,14 @@ class Settings(BaseSettings):
     """Keep that in the computer's memory rather than the device's."""
 
     method: str = "auto"
-    """Alignment method for users who chose none: auto, none, prompt, linear or drift."""
+    """Alignment method for users who chose none: auto, none, prompt, linear, drift or pad."""
+
+    persrm: str | None = None
+    """The PersRM that pad is guided by: a folder, a hub id, or an embedded one's name; by default the chat model's own,
+    where one is embedded for it."""
+
+    candidate: str | None = None
+    """How pad picks: greedy, stochastic or best-of-k; by default the temperature decides between the first two."""
 
     strength: dict[str, float] = Field(default_factory=dict)
     """Strength by method, for users who chose none: {linear = 3.0} say (PREFMW_STRENGTH__LINEAR)."""
@@ -168,6 +175,14 @@ class Settings(BaseSettings):
         if not isinstance(values, dict):
             return values
         return {name: _from_json(value) if isinstance(value, str) else value for name, value in values.items()}
+
+    @field_validator("candidate")
+    @classmethod
+    def _known(cls, candidate: str | None) -> str | None:
+        try:
+            return check_candidate(candidate)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("strength")
     @classmethod

@@ -83,6 +83,7 @@ ARROWS = {
         "prefmw.decoding",
         "prefmw.models",
         "prefmw.training",
+        "prefmw.guidance",
         "prefmw.personalizer",
         "prefmw.reply",
         "prefmw.scoring",
@@ -98,7 +99,9 @@ ARROWS = {
         "prefmw.decoding",
         "prefmw.models",
         "prefmw.reply",
+        "prefmw.guidance",
     ),
+    "prefmw.guidance": ("prefmw.preferences", "prefmw.alignment", "prefmw.decoding", "prefmw.models"),
     "prefmw.scoring": (
         "prefmw.preferences",
         "prefmw.decoding",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prefmw.alignment.drift import dials_and_rule
 from prefmw.alignment.linear import scaled
-from prefmw.alignment.pad import guided
+from prefmw.alignment.pad import guided, guided_across, guided_by
 
 
 class Combined(NamedTuple):
@@ -62,6 +62,27 @@ def combine_pad(views: Sequence[Tensor], parameters: Tensor) -> Combined:
     """PAD over the views (base, policy) of one backbone, its one parameter beta. The rule is the base."""
     base, policy = _views(views, 2)
     return Combined(guided(base, policy, beta=parameters[:, 0]), base)
+
+
+def combine_pad_by(views: Sequence[Tensor], parameters: Tensor) -> Combined:
+    """PAD over the views (base, policy, reference) of one vocabulary, its one parameter beta. The rule is the base."""
+    base, policy, reference = _views(views, 3)
+    return Combined(guided_by(base, policy, reference, beta=parameters[:, 0]), base)
+
+
+class CombinePadAcross:
+    """PAD over the views (base, policy, reference), the latter two of another vocabulary; ``columns`` are its tokens by
+    the base's, (V,), -1 for none. One object serves all requests, which are grouped by it.
+    """
+
+    def __init__(self, columns: Tensor) -> None:
+        self._columns = columns
+
+    def __call__(self, views: Sequence[Tensor], parameters: Tensor) -> Combined:
+        """The parameter is beta. The rule is the base."""
+        base, policy, reference = _views(views, 3)
+        self._columns = self._columns.to(base.device)
+        return Combined(guided_across(base, policy, reference, parameters[:, 0], self._columns), base)
 
 
 def _views(views: Sequence[Tensor], count: int) -> Sequence[Tensor]:

@@ -54,6 +54,7 @@ class Backbone:
         model: a transformers causal language model, in evaluation mode, on its device.
         vocabulary: columns of the logits that are real tokens; padded ones behind them are cut off.
         pack: whether weights may be copied, to be read more quickly.
+        head: what its last hidden states, (R, M, D), go through before the output embeddings; ``None`` for nothing.
 
     Attributes:
         windows: the kinds of its attention layers with their sliding windows, ``None`` for none.
@@ -68,7 +69,8 @@ class Backbone:
         UsageError: ``vocabulary`` is not a number of tokens that it has.
     """
 
-    def __init__(self, model: Any, *, vocabulary: int, pack: bool = True) -> None:
+    def __init__(self, model: Any, *, vocabulary: int, pack: bool = True, head: nn.Module | None = None) -> None:
+        self._head = head
         self.model = model
         self.vocabulary = whole("vocabulary", vocabulary, least=1)
         self.device: torch.device = model.get_input_embeddings().weight.device
@@ -76,18 +78,18 @@ class Backbone:
         self.exact = exact_positions(model)
         self._dtype: torch.dtype = model.dtype
         self._layers = int(model.config.get_text_config().num_hidden_layers)
-        head = model.get_output_embeddings()
-        if head is None:
+        embeddings = model.get_output_embeddings()
+        if embeddings is None:
             raise ModelError(f"{type(model).__name__} has no output embeddings to read logits from")
-        self.width = int(head.weight.shape[1])
+        self.width = int(embeddings.weight.shape[1])
         self.read = int(model.get_input_embeddings().weight.shape[0])
-        if vocabulary > (tokens := min(self.read, int(head.weight.shape[0]))):
+        if vocabulary > (tokens := min(self.read, int(embeddings.weight.shape[0]))):
             raise UsageError(f"a vocabulary of {vocabulary} tokens exceeds the {tokens} of {type(model).__name__}")
         self.linears = GatedLinears(model, pack=pack)
         self._own_attention = attention.use_on(model, self.device)
         self.graphs = StepGraphs(self) if self.device.type == "cuda" else None
         self.cache = SlotCache(self._layers)
-        self._hook = head.register_forward_pre_hook(self._before_head)
+        self._hook = embeddings.register_forward_pre_hook(self._before_head)
 
     def release(self) -> None:
         """Leave the model as it was."""
@@ -128,11 +130,15 @@ class Backbone:
                 row.logits = after
 
     @torch.inference_mode()
-    def log_probabilities(self, pairs: Sequence[Read]) -> list[Tensor]:
+    def log_probabilities(
+        self, pairs: Sequence[Read], adapter: str | None = None, head_scale: Tensor | None = None
+    ) -> list[Tensor]:
         """log p of every token of a reply after its context and the tokens before it, nats, in one forward.
 
         Args:
             pairs: R of (context, reply), token ids, neither empty.
+            adapter: the LoRA that all are read with, if any.
+            head_scale: (D,), multiplied into the last hidden states before the head, if any.
 
         Returns:
             For each, (T,), float32, on the CPU.
@@ -142,8 +148,14 @@ class Backbone:
         tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in texts], device=self.device)  # (R, N)
         first = torch.tensor([len(context) - 1 for context, _ in pairs], device=self.device)
         places = (first.unsqueeze(1) + torch.arange(longest, device=self.device)).clamp(max=width - 1)  # (R, T)
-        with forward_of(self, places):  # attention is causal: no token looks at the padding behind a row
-            logits = self.model(input_ids=tokens, use_cache=False).logits[..., : self.vocabulary].float()
+        scale = None if head_scale is None else head_scale.to(self.device).expand(len(pairs), -1)
+        with forward_of(self, places, scale):  # attention is causal: no token looks at the padding behind a row
+            try:
+                if adapter is not None:
+                    self.linears.begin(self.linears.gates([adapter] * len(pairs)))
+                logits = self.model(input_ids=tokens, use_cache=False).logits[..., : self.vocabulary].float()
+            finally:
+                self.linears.end()
         said = tokens.gather(1, (places + 1).clamp(max=width - 1))
         found = logits.gather(2, said.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)  # (R, T)
         return [row[: len(reply)].cpu() for row, (_, reply) in zip(found, pairs, strict=True)]
@@ -234,6 +246,8 @@ class Backbone:
         hidden = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
         if scale is not None:
             hidden = hidden * scale.unsqueeze(1).to(hidden.dtype)
+        if self._head is not None:
+            hidden = self._head(hidden)
         return (hidden,)
 
 

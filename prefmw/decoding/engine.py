@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefmw.decoding.active import Active
 from prefmw.decoding.backbone import Read
@@ -103,8 +103,11 @@ class Engine:
     ) -> None:
         self.close()
 
-    def add_backbone(self, name: str, model: Any, *, capacity: int, vocabulary: int) -> None:
-        """Let views name a further model; one by that name that is there already stays.
+    def add_backbone(
+        self, name: str, model: Any, *, capacity: int, vocabulary: int, head: nn.Module | None = None
+    ) -> None:
+        """Let views name a further model, or the same with a ``head`` on its last hidden states; one by that name that
+        is there already stays.
 
         Raises:
             ModelError: a model whose past cannot be kept in rows.
@@ -114,7 +117,7 @@ class Engine:
         with self._adding:
             self._check_open()
             if name not in self._tables:
-                table = Table(model, capacity=capacity, vocabulary=vocabulary, pack=self._pack)
+                table = Table(model, capacity=capacity, vocabulary=vocabulary, pack=self._pack, head=head)
                 dismiss_helpers()
                 self._scheduler.tables = {**self._tables, name: table}  # the worker may be going through the old one
 
@@ -157,9 +160,16 @@ class Engine:
         return active.generation
 
     def log_probabilities(
-        self, pairs: Sequence[Read], progress: Callable[[float], None] = lambda share: None
+        self,
+        pairs: Sequence[Read],
+        progress: Callable[[float], None] = lambda share: None,
+        *,
+        backbone: str = BASE,
+        adapter: str | None = None,
+        head_scale: Tensor | None = None,
     ) -> list[Tensor]:
-        """log p of every token of each reply in its context, in nats, (T,) each; waits for it.
+        """log p of every token of each reply in its context, in nats, (T,) each; waits for it. What reads them is the
+        ``backbone`` of that name, with an adapter and a head scale as a view has them.
 
         The worker reads some of them at a time, between two steps of the replies under way, so those go on.
         ``progress`` is told the share that is read.
@@ -170,11 +180,12 @@ class Engine:
             EngineError: the model failed, for want of memory say; or a combiner asks, whom the worker waits for.
             EngineClosedError: the engine was shut down.
         """
-        table = self._tables[BASE]
+        table = self._table(backbone)
+        table.backbone.linears.check(adapter)
         pairs = [(token_ids("a context", context), token_ids("a reply", reply)) for context, reply in pairs]
         for context, reply in pairs:
             table.check_pair(context, reply)
-        return read_all(table.backbone, pairs, self._between_steps, progress)
+        return read_all(table.backbone, pairs, self._between_steps, progress, adapter, head_scale)
 
     def self_check(self) -> None:
         """Compare rows with whole forwards of the model; before the first request.

@@ -22,7 +22,12 @@ Errand = Callable[[], list[Tensor]]
 
 
 def read_all(
-    backbone: Backbone, pairs: Sequence[Read], run: Callable[[Errand], list[Tensor]], progress: Callable[[float], None]
+    backbone: Backbone,
+    pairs: Sequence[Read],
+    run: Callable[[Errand], list[Tensor]],
+    progress: Callable[[float], None],
+    adapter: str | None = None,
+    head_scale: Tensor | None = None,
 ) -> list[Tensor]:
     """log p of every token of each reply, (T,) each, read by forwards that ``run`` has done; the shortest go first.
 
@@ -44,7 +49,8 @@ def read_all(
                 break
             batch.append(waiting.popleft())
         try:
-            read = run(partial(backbone.log_probabilities, [pairs[index] for index in batch]))
+            some = [pairs[index] for index in batch]
+            read = run(partial(backbone.log_probabilities, some, adapter, head_scale))
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise EngineError(f"out of memory with one reply to be read, of {sizes[batch[0]]} tokens") from error

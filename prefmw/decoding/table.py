@@ -23,17 +23,20 @@ class Table:
         capacity: tokens that one row may hold.
         vocabulary: columns of the logits that are real tokens.
         pack: whether weights may be copied, to be read more quickly.
+        head: what the last hidden states go through before the output embeddings, if anything.
 
     Raises:
         ModelError: a model whose past cannot be kept in rows.
         UsageError: more tokens than the model has positions for, or a vocabulary that it does not have.
     """
 
-    def __init__(self, model: Any, *, capacity: int, vocabulary: int, pack: bool) -> None:
+    def __init__(
+        self, model: Any, *, capacity: int, vocabulary: int, pack: bool, head: nn.Module | None = None
+    ) -> None:
         most = most_positions(model)
         if whole("capacity", capacity, least=1) > (most or capacity):
             raise UsageError(f"a capacity of {capacity} tokens exceeds the {most} positions of {type(model).__name__}")
-        self.backbone = Backbone(model, vocabulary=vocabulary, pack=pack)
+        self.backbone = Backbone(model, vocabulary=vocabulary, pack=pack, head=head)
         self.capacity = min(capacity, self.backbone.exact or capacity)
         self._rows: list[Row] = []
         self._ready = 0

@@ -285,7 +285,7 @@ def replies_to(
     progress: Callable[[int], None],
 ) -> tuple[list[str], float, int]:
     """The replies' texts, the seconds they took together, and their tokens."""
-    chat, _ = backend
+    chat = backend.chat
     many = int(condition.name.removeprefix("best-of-")) if condition.name.startswith("best-of-") else 1
     requests = [
         replace(request, sampling=replace(request.sampling, seed=seed + index * many + copy))

@@ -1,7 +1,20 @@
 """What a user likes: dimensions, weights, profiles, principle text. Knows no model and no database."""
 
 from prefmw.preferences.dimensions import Dimension, Dimensions, default_dimensions, parse_dimensions
-from prefmw.preferences.methods import AUTO, METHODS, STRENGTHS, check_method, check_strength
+from prefmw.preferences.methods import (
+    AUTO,
+    BEST_OF_K,
+    CANDIDATES,
+    GREEDY,
+    METHODS,
+    PAD_TEMPERATURE,
+    PAD_TOP_K,
+    STOCHASTIC,
+    STRENGTHS,
+    check_candidate,
+    check_method,
+    check_strength,
+)
 from prefmw.preferences.principle import Dial, dials_of, persona_sentence, principle_text
 from prefmw.preferences.profile import (
     Message,
@@ -32,7 +45,13 @@ from prefmw.preferences.store import (
 
 __all__ = [
     "AUTO",
+    "BEST_OF_K",
+    "CANDIDATES",
+    "GREEDY",
     "METHODS",
+    "PAD_TEMPERATURE",
+    "PAD_TOP_K",
+    "STOCHASTIC",
     "STRENGTHS",
     "UNCHANGED",
     "Conversation",
@@ -53,6 +72,7 @@ __all__ = [
     "Stated",
     "Turn",
     "Weight",
+    "check_candidate",
     "check_key",
     "check_method",
     "check_persona",

@@ -34,8 +34,26 @@ STRENGTHS: dict[str, Strength | None] = {
 }
 """The strength of every method that prefmw is designed for; ``None`` where a method takes none."""
 
-METHODS = ("none", "prompt", "linear", "drift")
+METHODS = ("none", "prompt", "linear", "drift", "pad")
 """The methods that this version decodes with."""
+
+
+GREEDY, STOCHASTIC, BEST_OF_K = CANDIDATES = ("greedy", "stochastic", "best-of-k")
+"""How PAD picks: the likeliest candidate, a drawn one, or the best of k whole replies of the base by their reward."""
+
+PAD_TOP_K, PAD_TEMPERATURE = 10, 0.7
+"""PAD's candidates of a token, and the temperature of its stochastic ways: the paper's."""
+
+
+def check_candidate(candidate: str | None) -> str | None:
+    """Return ``candidate`` if it is a way of picking, or ``None``.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if candidate is not None and candidate not in CANDIDATES:
+        raise UsageError(f"no candidate rule '{str(candidate)[:40]}': {nearest(str(candidate)[:40], CANDIDATES)}")
+    return candidate
 
 
 def check_method(method: str) -> str:

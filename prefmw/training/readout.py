@@ -31,7 +31,7 @@ from prefmw.models.readout import LONGEST, Reader, ReadOut, adapted, learned
 from prefmw.preferences.anchors import Anchor
 from prefmw.preferences.dimensions import Dimensions, default_dimensions
 from prefmw.preferences.inference import Embed
-from prefmw.training.sft import _fastest_dtype as fastest_dtype
+from prefmw.training.runs import fastest_dtype
 from prefmw.training.topics import load_topics
 from prefmw.training.unfinished import Unfinished
 

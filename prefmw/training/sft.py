@@ -6,13 +6,10 @@ goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import platform
 import random
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -43,8 +40,8 @@ from prefmw.models.embedder import Embedder
 from prefmw.training.composer import Chat, Composer
 from prefmw.training.guide import Guide, Sources, begin_embeddings
 from prefmw.training.optimizer import MuonWithAdamW
+from prefmw.training.runs import Bar, claim, fastest_dtype, keep_freed_memory, last_whole_checkpoint
 from prefmw.training.tokenizer import END, PAD, encode_chat, train_tokenizer
-from prefmw.training.unfinished import claim
 
 IGNORED = -100
 """The label of a token that is not learned, as PyTorch's cross entropy has it."""
@@ -183,7 +180,7 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
         ModelNotFoundError: the model to start from is not there.
         MissingExtraError: the guide's embedder is not installed.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     start = Path(str(files("prefmw"))) / "assets" / recipe.model["start"] if "start" in recipe.model else None
     if start and not (start / "config.json").is_file():
         raise ModelNotFoundError(f"the recipe goes on from '{start.name}', which is not in this installation")
@@ -191,7 +188,8 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     if embed:
         embed(["."])  # what is not installed is told before anything is begun
     digest = corpus_digest()
-    _claim(out, recipe, digest)
+    claim(out, "recipe.json", {**asdict(recipe), "corpus_digest": digest}, "a run of another recipe or corpus")
+    (out / "checkpoints").mkdir(exist_ok=True)
     dtype = _chosen_dtype(out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(start) if start else _tokenizer(recipe, out)
     set_seed(recipe.seed)
@@ -252,8 +250,8 @@ def train_sft(recipe: Recipe, out: Path, *, progress: bool = True) -> tuple[Path
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     if progress:
-        trainer.add_callback(_Bar())
-    begun = _last_whole_checkpoint(out / "checkpoints")
+        trainer.add_callback(Bar())
+    begun = last_whole_checkpoint(out / "checkpoints")
     if begun and progress:
         print(f"going on from step {Path(begun).name.rpartition('-')[2]}", file=sys.stderr)
     trainer.train(resume_from_checkpoint=begun)
@@ -278,49 +276,9 @@ def _chosen_dtype(out: Path) -> torch.dtype:
     """The type that the run began in, measured at its beginning: one that goes on may not change it."""
     saved = out / "checkpoints" / "dtype.txt"
     if not saved.is_file():
-        saved.write_text(str(_fastest_dtype()).removeprefix("torch.") + "\n", encoding="utf-8")
+        saved.write_text(str(fastest_dtype()).removeprefix("torch.") + "\n", encoding="utf-8")
     chosen: torch.dtype = getattr(torch, saved.read_text(encoding="utf-8").strip())
     return chosen
-
-
-def _fastest_dtype() -> torch.dtype:
-    """bfloat16 where its products are the faster ones, by measurement: a CPU without such instructions emulates them,
-    at a tenth of float32's speed.
-    """
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(2048, 192, dtype=dtype), torch.ones(192, 640, dtype=dtype)
-        times = []
-        for _ in range(5):
-            started = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - started)
-        seconds[dtype] = min(times)
-    return min(seconds, key=lambda dtype: seconds[dtype])
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse the large blocks of one step in the next instead of giving them back to the system, which would
-    hand them out again page by page: a third of the time of a step on a CPU. Elsewhere it does nothing.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mmap_threshold, trim_threshold = -3, -1  # malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose last file was written: a kill may leave one half."""
-    whole = []
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            whole.append((int(json.loads(state.read_text(encoding="utf-8"))["global_step"]), str(state.parent)))
-        except (ValueError, KeyError):
-            continue
-    return max(whole)[1] if whole else None
 
 
 def corpus_digest() -> str:
@@ -330,17 +288,6 @@ def corpus_digest() -> str:
     for path in sorted([*root.glob("*_files/**/*.toml"), *(root / f"{name}.py" for name in _COMPOSING)]):
         digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _claim(out: Path, recipe: Recipe, digest: str) -> None:
-    """Write the recipe and its corpus' digest beside the run, or refuse a folder that holds another's."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is no folder; name one with --out")
-    saved = out / "recipe.json"
-    if out.is_dir() and any(out.iterdir()) and not saved.is_file():
-        raise UsageError(f"{out} is not empty and holds no run to resume; name another folder with --out")
-    claim(saved, {**asdict(recipe), "corpus_digest": digest}, "a run of another recipe or corpus")
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
 def _fresh(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -489,15 +436,6 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-
-class _Bar(ProgressCallback):  # type: ignore[misc]
-    """transformers' progress bar with the loss behind it, in place of dictionaries on stdout."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        shown = {key: f"{value:.3f}" for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
-        if self.training_bar is not None and shown:
-            self.training_bar.set_postfix(shown)
 
 
 def _export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:

@@ -1,0 +1,95 @@
+"""What the trainers' runs have in common: the folder that a run claims, the checkpoint that it goes on from, when it
+stops, its type and memory on a CPU, its progress.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.trainer_callback import ProgressCallback
+
+from prefmw.errors import TrainingError, UsageError
+from prefmw.training import unfinished
+
+
+def claim(out: Path, name: str, about: Mapping[str, Any], other: str) -> None:
+    """Write what is run beside the run, as the file ``name``, or refuse a folder that holds something else.
+
+    Raises:
+        UsageError: ``out`` is a file, or holds ``other`` or what is no run.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is no folder; name one with --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / name).is_file():
+        raise UsageError(f"{out} is not empty and holds no run to resume; name another folder with --out")
+    unfinished.claim(out / name, about, other)
+
+
+def fastest_dtype() -> torch.dtype:
+    """bfloat16 where its products are the faster ones, by measurement: a CPU without such instructions emulates them,
+    at a tenth of float32's speed.
+    """
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(2048, 192, dtype=dtype), torch.ones(192, 640, dtype=dtype)
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = min(times)
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse the large blocks of one step in the next instead of giving them back to the system, which would
+    hand them out again page by page: a third of the time of a step on a CPU. Elsewhere it does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold, trim_threshold = -3, -1  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def check_finite(numbers: Tensor, where: str, out: Path) -> None:
+    """Raise TrainingError, which says where, what is kept and what to do, where some number is NaN or infinite."""
+    if bool(numbers.detach().isfinite().all()):
+        return
+    kept = last_whole_checkpoint(out)
+    left = f"the last good checkpoint is {kept}" if kept else "there was no checkpoint yet"
+    raise TrainingError(
+        f"{where}: the training met a number that is not finite and stopped; {left}; lower the learning rate, or look "
+        "at the data around it"
+    )
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose last file was written: a kill may leave one half."""
+    whole = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            whole.append((int(json.loads(state.read_text(encoding="utf-8"))["global_step"]), str(state.parent)))
+        except (ValueError, KeyError):
+            continue
+    return max(whole)[1] if whole else None
+
+
+class Bar(ProgressCallback):  # type: ignore[misc]
+    """transformers' progress bar with the loss behind it, in place of dictionaries on stdout."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the loss."""
+        shown = {key: f"{value:.3f}" for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
