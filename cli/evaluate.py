@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefmw.cli.options import JsonOption, read_texts, registry
+from prefmw.cli.options import JsonOption, PersRMOption, read_texts, registry
 from prefmw.cli.output import loading, print_json, print_table, printable, progress, progress_bar, shorten, stages
 from prefmw.errors import MissingExtraError, UsageError
 
@@ -38,13 +38,20 @@ def steer(
         bool, typer.Option("--further", help="The more roundabout held-out questions and personas.")
     ] = False,
     temperature: Annotated[float, typer.Option("--temperature", help="Of the sampling; 0 is greedy.")] = 0.7,
+    persrm: PersRMOption = None,
+    candidate: Annotated[
+        str | None, typer.Option("--candidate", help="How pad picks: greedy, stochastic or best-of-k.")
+    ] = None,
+    top_k: Annotated[
+        list[int] | None, typer.Option("--top-k", help="Candidates of pad's; may be given several times.")
+    ] = None,
     controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Add the controls' rows.")] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of the questions and the sampling.")] = 0,
     replies: Annotated[
         Path | None, typer.Option("--replies", help="Write every reply with its measures to this JSONL file.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw linear's curve over its strengths to this picture.")
+        Path | None, typer.Option("--plot", help="Draw linear's or pad's curve over its strengths to this picture.")
     ] = None,
     second_opinion: Annotated[
         bool, typer.Option("--second-opinion", help="Judge by a classifier on sentence embeddings as well.")
@@ -61,15 +68,17 @@ def steer(
 
     _check_split(split)
     names = _names(methods)
-    rows = conditions(names, strength or [], temperature, controls=controls)
-    if split == "test" and any(sum(row.name == name for row in rows) > 1 for name in ("linear", "drift")):
+    rows = conditions(names, strength or [], temperature, controls=controls, candidate=candidate, top_ks=top_k or [])
+    if split == "test" and any(sum(row.name == name for row in rows) > 1 for name in ("linear", "drift", "pad")):
         raise UsageError("choose a strength on --split dev; the test split is for reporting one")
     if plot is not None:
         _check_picture(plot, rows)
     file = _opened(replies)
-    settings = load_settings({"model": model})
+    settings = load_settings({"model": model, "persrm": persrm})
     with loading(settings.model):
         backend = load_backend(settings)
+        if any(row.is_pad for row in rows):
+            backend.guidance()  # what is amiss with it is told before anything is asked
         judge = SecondOpinion() if second_opinion else None
     with progress_bar() as bar:
         tasks = {row: bar.add_task(f"{row.label} t={row.temperature:g}", total=n * len(AXES)) for row in rows}
@@ -97,6 +106,7 @@ def steer(
         file.close()
     if json:
         asked = {"split": split, "further": further, "n": n, "seed": seed, "methods": names, "controls": controls}
+        asked |= {"persrm": backend.guidance().label} if any(row.is_pad for row in rows) else {}
         bounds = {"temperature": temperature, "top_p": TOP_P, "max_tokens": MAX_TOKENS}
         print_json({"rows": table, "settings": {**_model_used(backend), **asked, **bounds, "versions": _versions()}})
     else:
@@ -310,8 +320,10 @@ def _names(methods: str) -> list[str]:
 
 
 def _check_picture(path: Path, rows: Sequence[Condition]) -> None:
-    if sum(row.name == "linear" for row in rows) < 2:
-        raise UsageError("--plot draws linear's curve; name linear among the methods and give --strength several times")
+    if max(sum(row.name == name for row in rows) for name in ("linear", "pad")) < 2:
+        raise UsageError(
+            "--plot draws linear's or pad's curve; name it among the methods and give --strength several times"
+        )
     _check_path(path)
 
 
@@ -349,7 +361,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
     low, high = row["ci95"]
     return [
-        Condition(row["method"], row["strength"]).label,
+        Condition(row["method"], row["strength"], top_k=row["top_k"]).label,
         f"{row['temperature']:g}",
         row["axis"],
         str(row["n"]),

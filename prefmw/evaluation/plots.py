@@ -10,32 +10,36 @@ from prefmw.training.styles import AXES
 
 
 def plot_strengths(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """How followed style and relevance go with Linear Alignment's ratio, an axis a line; prompting is ratio 0.
+    """How followed style and relevance go with Linear Alignment's ratio or PAD's beta, an axis a line; prompting is 0.
 
-    The paper's figure 5 shows the same for its step size.
+    Figure 5 of either paper shows the same for its step size or beta.
 
     Args:
-        rows: of ``prefmw eval steer --json``, with several strengths of ``linear``.
+        rows: of ``prefmw eval steer --json``, with several strengths of ``linear``, or else of ``pad``.
         path: where the picture goes; its ending names the format.
     """
     from matplotlib.figure import Figure
 
-    linear = sorted((row for row in rows if row["method"] == "linear"), key=lambda row: float(row["strength"]))
+    method = "linear" if sum(row["method"] == "linear" and row["axis"] == "all" for row in rows) > 1 else "pad"
+    symbol = {"linear": "ratio", "pad": "beta"}[method]
+    chosen = sorted((row for row in rows if row["method"] == method), key=lambda row: float(row["strength"]))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     for axis in AXES:
-        points = [(row["strength"], row["followed"]) for row in linear if row["axis"] == axis]
+        points = [(row["strength"], row["followed"]) for row in chosen if row["axis"] == axis]
         left.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=axis)
-    whole = [row for row in linear if row["axis"] == "all"]
+    whole = [row for row in chosen if row["axis"] == "all"]
     ratios = [row["strength"] for row in whole]
     left.plot(ratios, [row["followed"] for row in whole], color="black", linewidth=2.5, label="all")
     left.fill_between(ratios, *zip(*(row["ci95"] for row in whole), strict=True), color="black", alpha=0.12)
-    left.set(title="style asked for is followed", xlabel="ratio (0: prompting)", ylabel="share of replies", ylim=(0, 1))
+    left.set(
+        title="style asked for is followed", xlabel=f"{symbol} (0: prompting)", ylabel="share of replies", ylim=(0, 1)
+    )
     left.legend(fontsize=8, ncols=2)
     right.plot(ratios, [row["relevance"] for row in whole], color="tab:green", marker="o", label="relevant")
     right.plot(ratios, [row["off_axis"] for row in whole], color="tab:red", marker="o", label="off-axis size")
     right.plot(ratios, [row["repetition"] for row in whole], color="tab:gray", marker="o", label="with a loop")
-    right.set(title="what it costs", xlabel="ratio", ylim=(0, 1))
+    right.set(title="what it costs", xlabel=symbol, ylim=(0, 1))
     right.legend(fontsize=8)
     for plot in (left, right):
         plot.grid(alpha=0.3)

@@ -7,6 +7,9 @@ Every condition answers the same items through the plan and the engine of a user
 - ``prompt`` at other temperatures.
 - ``best-of-N``: prompting sampled N times, the reply kept whose tokens the principle makes likeliest,
   sum of log p(y | with) - log p(y | without): what Linear Alignment does by the token, done by the reply.
+- beside PAD: ``pad-prefix`` (W = 0: the preference in the prefix alone), ``pad-weights`` (in w_p alone: nobody reads
+  the prefix), ``persrm`` (beta 1 on its own backbone: the PersRM alone within the base's candidates) and
+  ``pad-best-of-10`` (the base's replies, the one that the PersRM rewards most).
 """
 
 from __future__ import annotations
@@ -31,8 +34,21 @@ from prefmw.evaluation.held_out import KINDS, Item, held_out_items
 from prefmw.evaluation.oracles import followed, measure
 from prefmw.evaluation.second_opinion import SecondOpinion
 from prefmw.evaluation.statistics import cluster_interval
-from prefmw.personalizer import Backend, Defaults, build_request, make_plan
-from prefmw.preferences import STRENGTHS, Dimensions, Message, Profile, check_method, check_strength
+from prefmw.personalizer import Backend, Defaults, build_request, candidate_rule, make_plan
+from prefmw.preferences import (
+    BEST_OF_K,
+    GREEDY,
+    PAD_TEMPERATURE,
+    PAD_TOP_K,
+    STRENGTHS,
+    Dimensions,
+    Message,
+    Profile,
+    check_candidate,
+    check_method,
+    check_strength,
+    principle_text,
+)
 from prefmw.reply import Plan
 from prefmw.training.styles import AXES, Split
 
@@ -48,16 +64,25 @@ WAITING = 128
 
 @dataclass(frozen=True)
 class Condition:
-    """One row's way of answering: a method of prefmw or a control, its strength, and the temperature."""
+    """One row's way of answering: a method of prefmw or a control, its strength, and the temperature; ``top_k`` is
+    PAD's, where it is not the default.
+    """
 
     name: str
     strength: float | None = None
     temperature: float = 0.7
+    top_k: int | None = None
 
     @property
     def label(self) -> str:
         """As a table shows it."""
-        return self.name if self.strength is None else f"{self.name} {self.strength:g}"
+        name = self.name if self.strength is None else f"{self.name} {self.strength:g}"
+        return name if self.top_k is None else f"{name} k={self.top_k}"
+
+    @property
+    def is_pad(self) -> bool:
+        """Whether a PersRM guides it."""
+        return self.name.startswith(("pad", "persrm"))
 
 
 @dataclass(frozen=True)
@@ -83,6 +108,7 @@ class Answered:
                     "method": condition.name,
                     "strength": condition.strength,
                     "temperature": condition.temperature,
+                    "top_k": condition.top_k,
                     "topic": item.topic.id,
                     "question": item.question,
                     "more": item.more,
@@ -108,23 +134,45 @@ class Answered:
 
 
 def conditions(
-    methods: Sequence[str], strengths: Sequence[float], temperature: float, *, controls: bool
+    methods: Sequence[str],
+    strengths: Sequence[float],
+    temperature: float,
+    *,
+    controls: bool,
+    candidate: str | None = None,
+    top_ks: Sequence[int] = (),
 ) -> list[Condition]:
-    """The rows of a table: each method, once per strength where it takes one, then the controls.
+    """The rows of a table: each method, once per strength where it takes one, then the controls. ``candidate`` is how
+    PAD picks, and each of ``top_ks`` a row more of it.
 
     Raises:
-        UsageError: an unknown method, or a strength or the temperature out of range.
+        UsageError: an unknown method, or a strength, a bound or the temperature out of range.
     """
-    Sampling(temperature=temperature, top_p=TOP_P, top_k=None, max_tokens=MAX_TOKENS, seed=0)  # checks its bounds
+    for k in top_ks or [None]:  # type: ignore[list-item]
+        Sampling(temperature=temperature, top_p=TOP_P, top_k=k, max_tokens=MAX_TOKENS, seed=0)  # checks its bounds
+    check_candidate(candidate)
     rows = []
     for method in methods:
         if check_method(method) == "auto":
             raise UsageError("name the methods to compare; auto is whichever of them a profile calls for")
         for strength in (strengths or [None]) if STRENGTHS[method] else [None]:  # type: ignore[list-item]
-            rows.append(Condition(method, check_strength(method, strength), temperature))
+            strength = check_strength(method, strength)
+            if method != "pad":
+                rows.append(Condition(method, strength, temperature))
+                continue
+            heat = 0.0 if candidate == GREEDY else temperature or (0.0 if candidate is None else PAD_TEMPERATURE)
+            for k in top_ks or [None]:  # type: ignore[list-item]
+                name = f"pad-best-of-{k or PAD_TOP_K}" if candidate == BEST_OF_K else "pad"
+                rows.append(Condition(name, strength, heat, k))
     if controls:
         for ratio in [row.strength for row in rows if row.name == "linear"]:
             rows += [Condition("sharpened", ratio, temperature), Condition("shuffled", ratio, temperature)]
+        for row in [row for row in rows if row.name == "pad"]:
+            rows += [replace(row, name=name) for name in ("pad-prefix", "pad-weights")]
+            if row.strength != 1:
+                rows.append(replace(row, name="persrm", strength=1.0))
+            if temperature > 0:
+                rows.append(replace(row, name=f"pad-best-of-{PAD_TOP_K}"))
         rows += [Condition("prompt", None, heat) for heat in (0.3, 1.0) if heat != temperature]
         if temperature > 0:
             rows.append(Condition("best-of-4", None, temperature))
@@ -232,6 +280,7 @@ def _row(condition: Condition, axis: str, answered: list[Answered]) -> dict[str,
         "method": condition.name,
         "strength": condition.strength,
         "temperature": condition.temperature,
+        "top_k": condition.top_k,
         "axis": axis,
         "n": len(answered),
         "preferences": len({answer.item.preference for answer in answered}),
@@ -286,7 +335,7 @@ def replies_to(
 ) -> tuple[list[str], float, int]:
     """The replies' texts, the seconds they took together, and their tokens."""
     chat = backend.chat
-    many = int(condition.name.removeprefix("best-of-")) if condition.name.startswith("best-of-") else 1
+    many = int(condition.name.rpartition("-")[2]) if "best-of-" in condition.name else 1
     requests = [
         replace(request, sampling=replace(request.sampling, seed=seed + index * many + copy))
         for index, (messages, profile) in enumerate(zip(conversations, profiles, strict=True))
@@ -302,8 +351,13 @@ def replies_to(
         chosen = []
         for index, messages in enumerate(conversations):
             candidates = said[index * many : (index + 1) * many]
-            plan = _plan("linear", profiles[index], condition, dimensions, strength=1.0)
-            gains = _gains(candidates, [view.context for view in build_request(plan, messages, chat).views], backend)
+            if condition.is_pad:
+                gains = _rewards(candidates, messages, profiles[index], backend, dimensions)
+            else:
+                plan = _plan("linear", profiles[index], condition, dimensions, strength=1.0)
+                gains = _gains(
+                    candidates, [view.context for view in build_request(plan, messages, chat).views], backend
+                )
             chosen.append(candidates[gains.index(max(gains))])
         said = chosen
     seconds, tokens = time.perf_counter() - started, sum(map(len, said))
@@ -337,6 +391,8 @@ def request_of(
     messages: Sequence[Message], profile: Profile, condition: Condition, backend: Backend, dimensions: Dimensions
 ) -> Request:
     """What the engine is asked for under a condition, with seed 0."""
+    if condition.is_pad:
+        return _pad_request(messages, profile, condition, backend, dimensions)
     method = {"sharpened": "prompt", "shuffled": "linear"}.get(condition.name, condition.name)
     method = "prompt" if method.startswith("best-of-") else method
     strength = condition.strength if STRENGTHS[method] else None
@@ -345,6 +401,31 @@ def request_of(
     if condition.name == "sharpened":
         request = replace(request, combiner=combine_sharpened, parameters=(condition.strength or 0.0,))
     return request
+
+
+def _pad_request(
+    messages: Sequence[Message], profile: Profile, condition: Condition, backend: Backend, dimensions: Dimensions
+) -> Request:
+    plan, guidance = _plan("pad", profile, condition, dimensions, condition.strength), backend.guidance()
+    sampling, _ = candidate_rule(replace(plan.sampling, top_k=condition.top_k), None, None)
+    scale = None if condition.name == "pad-prefix" else guidance.scale(plan.principle)
+    beta = 0.0 if "best-of-" in condition.name else plan.strength or 0.0
+    preference = "" if condition.name == "pad-weights" else plan.principle
+    return guidance.request(messages, preference, scale, beta, sampling)
+
+
+def _rewards(
+    replies: Sequence[list[int]],
+    messages: Sequence[Message],
+    profile: Profile,
+    backend: Backend,
+    dimensions: Dimensions,
+) -> list[float]:
+    """What the PersRM makes of each reply, nats; those that came to their end hold its token."""
+    guidance, preference = backend.guidance(), principle_text(profile, dimensions)
+    ends = [bool(reply) and reply[-1] in backend.chat.stop_ids for reply in replies]
+    said = [(reply[:-1] if end else reply, end) for reply, end in zip(replies, ends, strict=True)]
+    return guidance.rewards(messages, preference, guidance.scale(preference), said, backend.engine)
 
 
 def _plan(method: str, profile: Profile, condition: Condition, dimensions: Dimensions, strength: float | None) -> Plan:

@@ -10,8 +10,9 @@ since w_p^T log pi-hat(a|s) = log pi(a|s,p), and a sequence's log-probability is
 from __future__ import annotations
 
 import logging
+import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,10 @@ def train_lora(
         def _precompute_ref_logps(self, dataset: Any, *arguments: Any, **options: Any) -> Any:
             return dataset
 
+        def _get_train_sampler(self, *arguments: Any, **options: Any) -> _LikeLengths:
+            lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in train]
+            return _LikeLengths(lengths, per_device * accumulated, seed)
+
         def _send_telemetry(self) -> None:
             """None, ever."""
 
@@ -99,7 +104,6 @@ def train_lora(
         "rejected_ids": [pair.rejected for pair in train],
         "ref_chosen_logps": references[:, 0].tolist(),
         "ref_rejected_logps": references[:, 1].tolist(),
-        "length": [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in train],
     }
     steps = max(1, len(train) // max(1, accumulated * per_device * devices)) * epochs
     arguments = DPOConfig(
@@ -113,8 +117,6 @@ def train_lora(
         warmup_steps=int(warmup * steps),
         max_length=None,
         precompute_ref_log_probs=True,
-        train_sampling_strategy="group_by_length",
-        remove_unused_columns=False,  # the length is read
         gradient_checkpointing=torch.cuda.is_available(),
         bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
@@ -147,6 +149,32 @@ def train_lora(
     if not any(weight.requires_grad for weight in model.parameters()):
         raise TrainingError("this backbone has no linear layers that a LoRA could be put on; choose another")
     return model.eval(), trainer.state.log_history
+
+
+class _LikeLengths(torch.utils.data.Sampler[int]):
+    """All indices in batches of like lengths, shuffled by seed and epoch alone, so that a resumed run meets the batches
+    that it would have met.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self._lengths, self._batch, self._seed, self._epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch's order comes next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng, order = random.Random(f"{self._seed}:{self._epoch}"), list(range(len(self._lengths)))
+        rng.shuffle(order)
+        batches: list[list[int]] = []
+        for start in range(0, len(order), 50 * self._batch):
+            some = sorted(order[start : start + 50 * self._batch], key=lambda index: self._lengths[index])
+            batches += [some[at : at + self._batch] for at in range(0, len(some), self._batch)]
+        rng.shuffle(batches)
+        return iter([index for batch in batches for index in batch])
 
 
 @contextmanager
