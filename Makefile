@@ -22,10 +22,13 @@ check: $(READY) ## Everything a change must pass: format, lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-tiny: $(READY) ## Remake the embedded chat model, resuming a run that was killed
+tiny: $(READY) ## Remake the embedded chat model and its PersRM, resuming runs that were killed
 	$(BIN)/prefmw train sft --recipe tiny --out build/tiny
 	mkdir -p prefmw/assets/tiny
 	cp build/tiny/model/* prefmw/assets/tiny/
+	$(BIN)/prefmw train persrm --recipe tiny --out build/tiny-persrm
+	mkdir -p prefmw/assets/tiny-persrm
+	cp build/tiny-persrm/persrm/* prefmw/assets/tiny-persrm/
 
 readout: $(READY) ## Refit the read-out of preferences, resuming a fit that was killed
 	mkdir -p build prefmw/assets/readouts

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -201,6 +202,8 @@ class _Best(TrainerCallback):  # type: ignore[misc]
         accuracy, loss = self._judge(weight)
         self.seen.append({"epoch": epoch, "accuracy": accuracy, "loss": loss, "size": float(weight.norm())})
         self._weights.append(weight)
+        if not PartialState().is_main_process:  # all processes have the same W
+            return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(self._weights, self._file.with_suffix(".pt"))
         self._file.write_text(json.dumps(self.seen), encoding="utf-8")

@@ -458,6 +458,45 @@ MISTAKES = {
     ),
     "several gains on the test split": (["eval", "dials", "--strength", "1", "--strength", "2"], 2, "--split dev"),
     "a full folder to train in": (["train", "sft", "--recipe", "tiny", "--out", "/etc"], 2, "not empty"),
+    "pad without a PersRM": (["chat", "x", "-u", "alice", "--method", "pad"], 2, "needs a PersRM"),
+    "PersRM that is none": (
+        ["chat", "x", "-u", "alice", "--method", "pad", "--persrm", "/nowhere"],
+        2,
+        "no PersRM '/nowhere'",
+    ),
+    "a folder that holds no PersRM": (
+        ["chat", "x", "-u", "alice", "--method", "pad", "--persrm", "/etc"],
+        2,
+        "holds no persrm.json",
+    ),
+    "beta beyond range": (
+        ["chat", "x", "-u", "alice", "--method", "pad", "--strength", "4"],
+        2,
+        "(beta) lies in [0, 3]",
+    ),
+    "unknown candidate rule": (["chat", "x", "-u", "alice", "--candidate", "gready"], 2, "did you mean 'greedy'"),
+    "pad measured without a PersRM": (["eval", "steer", "--methods", "pad", "--n", "1"], 2, "needs a PersRM"),
+    "several betas on the test split": (
+        ["eval", "steer", "--methods", "pad", "--strength", "1", "--strength", "2"],
+        2,
+        "--split dev",
+    ),
+    "a PersRM of nothing": (["train", "persrm", "--out", "/tmp/none"], 2, "--backbone and pairs with --data"),
+    "a PersRM's recipe that is none": (
+        ["train", "persrm", "--recipe", "huge", "--out", "/tmp/none"],
+        2,
+        "no recipe 'huge'; there is tiny",
+    ),
+    "no pairs for a PersRM": (
+        ["train", "persrm", "--backbone", "tiny", "--data", "/nowhere.jsonl", "--out", "/tmp/none"],
+        2,
+        "'/nowhere.jsonl' cannot be read",
+    ),
+    "epochs of nothing": (
+        ["train", "persrm", "--recipe", "tiny", "--epochs", "0", "--out", "/tmp/none"],
+        2,
+        "epochs is above 0",
+    ),
     "unknown kind of database": (["users", "list", "-d", "nonsense://x"], 2, "no database of the kind"),
 }
 
@@ -597,8 +636,9 @@ def test_readers_and_oracles_are_compared(ok, prefmw, tmp_path):
 
 def test_training_without_its_extra_prints_the_pip_command(prefmw, monkeypatch):
     monkeypatch.setattr("prefmw.cli.train.find_spec", lambda name: None)
-    code, _, err = prefmw("train", "sft", "--recipe", "tiny", "--out", "x")
-    assert (code, "pip install 'prefmw[train]'" in err) == (1, True)
+    for kind in ("sft", "persrm"):
+        code, _, err = prefmw("train", kind, "--recipe", "tiny", "--out", "x")
+        assert (code, "pip install 'prefmw[train]'" in err) == (1, True)
 
 
 # Help
