@@ -50,6 +50,12 @@ from prefmw.preferences.profile import MAX_PERSONA
 from prefmw.reply import Plan, Reply, ReplyStream, Timing
 
 
+_NEEDS_PERSRM = (
+    "method 'pad' needs a PersRM, and none is known for this model: name one with --persrm (PREFMW_PERSRM), or make one "
+    "with 'prefmw train persrm'"
+)
+
+
 class Backend(NamedTuple):
     """A loaded chat model, the engine that decodes with it, and what loads the PersRM that guides it, where there is
     one.
@@ -66,10 +72,7 @@ class Backend(NamedTuple):
             UsageError: none is configured for this model.
         """
         if self.load_guidance is None:
-            raise UsageError(
-                f"method 'pad' needs a PersRM, and none is known for '{self.chat.name}': name one with --persrm "
-                "(PREFMW_PERSRM), or make one with 'prefmw train persrm'"
-            )
+            raise UsageError(_NEEDS_PERSRM)
         return self.load_guidance()
 
 
@@ -211,12 +214,15 @@ class Personalizer:
         """How a reply to this person will be steered. Needs no model.
 
         Raises:
-            UsageError: an option out of range, an unknown method, or a strength that the method does not take.
+            UsageError: an option out of range, an unknown method, a strength that the method does not take, or PAD
+            without a PersRM.
         """
         defaults = self._defaults
         method = choose_method(
             profile, self._dimensions, options.method, defaults.method, has_persrm=defaults.has_persrm
         )
+        if method == "pad" and not defaults.has_persrm:
+            raise UsageError(_NEEDS_PERSRM)
         strength = options.strength
         if strength is None:
             strength = profile.strengths.get(method, self._defaults.strength.get(method))

@@ -383,7 +383,7 @@ def test_a_best_of_k_reply_can_be_left(personalizer):
 
 def test_without_a_persrm_pad_is_refused_with_what_to_do(people, backend):
     personalizer = Personalizer(people, lambda: backend, default_dimensions(), Defaults())
-    with pytest.raises(UsageError, match="needs a PersRM, and none is known for .*: name one with --persrm"):
+    with pytest.raises(UsageError, match="needs a PersRM, and none is known for this model: name one with --persrm"):
         personalizer.reply("alice", QUESTION, Options("pad"))
 
 

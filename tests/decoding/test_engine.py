@@ -366,7 +366,7 @@ def test_a_model_that_fails_to_read_says_so_and_the_engine_goes_on(model, engine
     assert decode(engine, SHORT)[0]
 
 
-def _fail(pairs):
+def _fail(*arguments):
     raise RuntimeError("too hot")
 
 
