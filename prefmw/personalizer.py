@@ -49,10 +49,9 @@ from prefmw.preferences.inference import STRICT, Inference, Inferer
 from prefmw.preferences.profile import MAX_PERSONA
 from prefmw.reply import Plan, Reply, ReplyStream, Timing
 
-
 _NEEDS_PERSRM = (
-    "method 'pad' needs a PersRM, and none is known for this model: name one with --persrm (PREFMW_PERSRM), or make one "
-    "with 'prefmw train persrm'"
+    "method 'pad' needs a PersRM, and none is known for this model: name one with --persrm (PREFMW_PERSRM), or make "
+    "one with 'prefmw train persrm'"
 )
 
 
