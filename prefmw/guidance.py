@@ -16,7 +16,7 @@ from torch import Tensor
 from prefmw.alignment import CombinePadAcross, Combiner, combine_pad, combine_pad_by, combine_plain
 from prefmw.decoding import Engine, Generation, Request, Sampling, View
 from prefmw.decoding.linears import Adapter
-from prefmw.decoding.request import BASE, MAX_SEED
+from prefmw.decoding.request import BASE
 from prefmw.models import ChatModel
 from prefmw.models.persrm import PersRM, meaning_of, weights_digest
 from prefmw.models.token_bytes import TokenMap, same_tokens
@@ -227,5 +227,5 @@ def seeded(request: Request, copy: int) -> Request:
     """The request's ``copy``-th fellow: the same with another seed, whose past nobody keeps but the first one's."""
     if copy == 0:
         return request
-    sampling = replace(request.sampling, seed=(request.sampling.seed + copy) % (MAX_SEED + 1))
+    sampling = replace(request.sampling, seed=(request.sampling.seed + copy) % 2**63)
     return replace(request, sampling=sampling, owner=None)
