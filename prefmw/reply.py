@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -112,12 +115,22 @@ class Reply:
         }
 
 
+_open: weakref.WeakSet[ReplyStream] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_open() -> None:
+    """Record what a program leaves in the making when it ends: later, generators are closed among ruins."""
+    for stream in list(_open):
+        stream.close()
+
+
 class ReplyStream:
     """A reply in the making: iterate it for pieces of text, then read ``reply``.
 
-    Use it as a context manager. However its block is left, at the end, by ``break``, by Ctrl-C or by an exception of
-    the reader, the engine is freed and the reply, perhaps partial and then marked ``interrupted`` (``error`` where
-    the engine failed), is recorded.
+    Use it as a context manager. However its block is left, at the end, by ``break``, by Ctrl-C, by an exception of
+    the reader or by the end of the program, the engine is freed and the reply, perhaps partial and then marked
+    ``interrupted`` (``error`` where the engine failed), is recorded.
     """
 
     def __init__(
@@ -132,6 +145,7 @@ class ReplyStream:
         self._record = record
         self._ids: list[int] = []
         self._ended = False
+        self._ending = threading.Lock()
         self.reply = draft
         """What is known so far; whole once the stream has ended."""
 
@@ -149,19 +163,32 @@ class ReplyStream:
             yield piece
         self._end("stop" if self._detokenizer.stopped else self._generation.finish_reason or "interrupted")
 
+    def cancel(self) -> None:
+        """Ask for no more of it: the iteration ends at the next token. Safe from any thread."""
+        self._generation.cancel()
+
+    def close(self, finish_reason: str = "interrupted") -> None:
+        """End it here, unless it has ended: free the engine and record what there is."""
+        if not self._ended:
+            self._detokenizer.finish()
+            self._end(finish_reason)
+
     def __enter__(self) -> ReplyStream:
+        _open.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._ended:
-            self._detokenizer.finish()
-            self._end("error" if isinstance(error, EngineError) else "interrupted")
+        self.close("error" if isinstance(error, EngineError) else "interrupted")
 
     def _end(self, finish_reason: str) -> None:
         """Free the engine and record the turn, once. A store that fails costs the record, never the reply."""
-        self._ended = True
+        with self._ending:
+            if self._ended:
+                return
+            self._ended = True
+        _open.discard(self)
         self._generation.cancel()
         steps = len(self._ids) - 1
         decode_s = self._generation.decode_s

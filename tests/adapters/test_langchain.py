@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
@@ -111,6 +114,21 @@ def test_a_global_cache_keeps_nothing_of_one_user_for_another(chat, people):
         assert chat.invoke(QUESTION, user_id="alice").response_metadata["prefmw"]["revision"] == 2
     finally:
         set_llm_cache(None)
+
+
+def test_a_stream_left_open_when_the_program_ends_is_recorded(toy, people):
+    code = f"""
+from prefmw.adapters.langchain import ChatPrefMW
+stream = ChatPrefMW(model={str(toy)!r}, user_id="alice", max_tokens=200, seed=1).stream("Hello")
+print(next(stream).content)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
+    (conversation,) = people.conversations("alice")
+    (turn,) = people.turns("alice", conversation.id)
+    assert (turn.finish_reason, turn.prompt) == ("interrupted", "Hello")
+    assert turn.text == result.stdout.removesuffix("\n")
 
 
 def test_an_unknown_field_is_refused():
