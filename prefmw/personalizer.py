@@ -106,6 +106,14 @@ class Defaults:
     has_persrm: bool = False
 
 
+class Prepared(NamedTuple):
+    """A turn before a model is needed: whose it is (``None``: nobody's), how it is steered, what there is to tell."""
+
+    user_id: str | None
+    plan: Plan
+    notices: tuple[str, ...]
+
+
 def choose_method(
     profile: Profile, dimensions: Dimensions, asked: str | None, default: str, *, has_persrm: bool = False
 ) -> str:
@@ -260,6 +268,24 @@ class Personalizer:
             UsageError: an unknown user, an option out of range, a prompt beyond the model's context, and so on.
             StoreError, ModelError, EngineError: the database, the model or the engine failed.
         """
+        return self.begin(
+            self.prepare(user_id, messages, options),
+            messages,
+            options,
+            conversation_id=conversation_id,
+            replaces=replaces,
+            log=log,
+        )
+
+    def prepare(self, user_id: str | None, messages: Sequence[Message], options: Options | None = None) -> Prepared:
+        """The first half of :meth:`stream`, which needs no model: read the profile and make the plan.
+
+        For nobody (``None``) it is the plan of a plain reply, whatever ``options`` ask for.
+
+        Raises:
+            UsageError: an unknown user, an option out of range, nothing to answer.
+            StoreError: the database failed.
+        """
         options = options or Options()
         for message in messages:
             check_text(message.content, "a message")
@@ -267,6 +293,9 @@ class Personalizer:
             raise UsageError(
                 "there is nothing to answer: the conversation ends with a user's message that is not empty"
             )
+        if user_id is None:
+            plain = replace(options, method="none", strength=None)
+            return Prepared(None, self.plan(Profile(user_id="", persona="", revision=0), plain), ())
         try:
             profile = self._store.profile(user_id)
         except UnknownUserError:  # erased, perhaps by another process
@@ -274,23 +303,40 @@ class Personalizer:
             raise
         profile, heard = self.reread(profile, messages[-1].content)
         plan = self.plan(profile, options)
-        backend = self._backend()
+        return Prepared(user_id, plan, (*heard, *_notices(plan, options, user_id)))
+
+    def begin(
+        self,
+        prepared: Prepared,
+        messages: Sequence[Message],
+        options: Options | None = None,
+        *,
+        conversation_id: str | None = None,
+        replaces: int | None = None,
+        log: bool = True,
+    ) -> ReplyStream:
+        """The second half of :meth:`stream`, given the same messages and options. Nobody's turn is not recorded.
+
+        Raises:
+            UsageError, ModelError, EngineError: as there.
+        """
+        options, plan = options or Options(), prepared.plan
+        backend, notices = self._backend(), list(prepared.notices)
         chat, guidance, scale = backend.chat, None, None
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
-        if plan.method == "pad" and plan.principle:
+        if plan.method == "pad" and plan.principle and prepared.user_id is not None:
             guidance = backend.guidance()
             plan = replace(plan, persrm=guidance.label)
-            scale = self._scale(user_id, plan.principle, guidance, keep=log)
-        notices = [*heard, *_notices(plan, options, user_id)]
+            scale = self._scale(prepared.user_id, plan.principle, guidance, keep=log)
         request = build_request(plan, messages, chat, guidance, scale)
-        request = replace(within_context(request, chat), owner=user_id)
+        request = replace(within_context(request, chat), owner=prepared.user_id)
         prompt = max(len(view.context) for view in request.views)
         room = request.sampling.max_tokens
         if options.max_tokens is not None and room < options.max_tokens:
             notices.append(f"max-tokens is cut to {room}, what the model's context of {chat.capacity} leaves")
         draft = Reply(
             text="",
-            user_id=user_id,
+            user_id=prepared.user_id,
             model=chat.name,
             plan=plan,
             finish_reason="interrupted",
@@ -302,7 +348,9 @@ class Personalizer:
         )
 
         def record(reply: Reply, token_ids: Sequence[int]) -> Reply:
-            return self._record(reply, token_ids, messages, chat, replaces) if log else reply
+            if not log or reply.user_id is None:
+                return reply
+            return self._record(reply.user_id, reply, token_ids, messages, chat, replaces)
 
         generation = begin(plan, request, messages, backend.engine, guidance, scale)
         return ReplyStream(generation, Detokenizer(chat.tokenizer, options.stop), draft, record)
@@ -381,6 +429,7 @@ class Personalizer:
 
     def _record(
         self,
+        user_id: str,
         reply: Reply,
         token_ids: Sequence[int],
         messages: Sequence[Message],
@@ -390,7 +439,7 @@ class Personalizer:
         plan = reply.plan.as_json(chat)
         recorded = self._store.record(
             Turn(
-                user_id=reply.user_id,
+                user_id=user_id,
                 conversation_id=reply.conversation_id,
                 system=_system(messages),
                 history=() if reply.conversation_id else tuple(m for m in messages[:-1] if m.role != "system"),

@@ -71,10 +71,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Reply:
-    """A finished reply and all that was applied to it."""
+    """A finished reply and all that was applied to it. ``user_id`` is ``None`` where it is for nobody in particular."""
 
     text: str
-    user_id: str
+    user_id: str | None
     model: str
     plan: Plan
     finish_reason: str

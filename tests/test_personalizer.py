@@ -278,6 +278,39 @@ def test_what_no_store_holds_is_refused(make, text):
         make().reply("alice", [Message("user", text)])
 
 
+# In two halves
+
+
+def test_a_turn_is_prepared_without_a_model(people):
+    def no_model():
+        raise AssertionError("the model was loaded")
+
+    personalizer = Personalizer(people, no_model, default_dimensions(), Defaults())
+    prepared = personalizer.prepare("alice", QUESTION, Options(strength=3.0))
+    assert (prepared.user_id, prepared.plan.method, prepared.plan.strength) == ("alice", "linear", 3.0)
+
+
+def test_a_reply_is_made_by_the_plan_that_was_prepared(make, people):
+    personalizer = make()
+    prepared = personalizer.prepare("alice", QUESTION, Options(seed=1))
+    people.edit_user("alice", persona="a retired teacher who loves a joke", actor="test")
+    with personalizer.begin(prepared, QUESTION, Options(seed=1)) as stream:
+        "".join(stream)
+    assert stream.reply.plan == prepared.plan
+    assert the_turn(people, stream.reply).revision == 1
+
+
+def test_a_reply_to_nobody_is_plain_and_leaves_nothing(make, people, backend):
+    personalizer = make(method="linear", strength={"linear": 3.0})
+    options = Options(method="linear", strength=2.0, **SHORT)
+    with personalizer.begin(personalizer.prepare(None, QUESTION, options), QUESTION, options) as stream:
+        "".join(stream)
+    reply = stream.reply
+    assert (reply.user_id, reply.plan.method, reply.plan.strength, reply.turn_id) == (None, "none", None, None)
+    assert reply.text == personalizer.reply("alice", QUESTION, Options(method="none", **SHORT), log=False).text
+    assert list(people.conversations("alice")) == []
+
+
 # Streaming
 
 
