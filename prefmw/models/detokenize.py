@@ -77,4 +77,9 @@ class Detokenizer:
 
 def _overlap(text: str, stop: str) -> int:
     """The longest end of ``text`` that begins ``stop``."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+    start = max(0, len(text) - len(stop) + 1)
+    while (start := text.find(stop[0], start)) >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start += 1
+    return 0
