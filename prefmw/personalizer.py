@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,10 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     candidate: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the reply may call, as JSON schemas in OpenAI's form; its chat template has to take them."""
+    opening: tuple[tuple[str, bool], ...] = ()
+    """What the reply is made to begin with, not part of its text: (text, whether it is somebody's, not the model's)."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ class Personalizer:
         sampling, candidate = self.sampling(options), check_candidate(options.candidate or defaults.candidate)
         if method == "pad":
             sampling, candidate = candidate_rule(sampling, candidate, options.top_p)
-        return make_plan(
+        plan = make_plan(
             profile,
             self._dimensions,
             method,
@@ -247,6 +252,7 @@ class Personalizer:
             max_dials=defaults.max_dials,
             candidate=candidate or STOCHASTIC,
         )
+        return replace(plan, tools=options.tools, opening=options.opening)
 
     def stream(
         self,
@@ -258,7 +264,7 @@ class Personalizer:
         replaces: int | None = None,
         log: bool = True,
     ) -> ReplyStream:
-        """Begin a reply to ``messages``, the whole conversation with a user's message last.
+        """Begin a reply to ``messages``, the whole conversation with a user's message, or a tool's answer, last.
 
         Everything that can be refused is refused here, before the first token. ``conversation_id`` names the stored
         conversation that the turn continues; without it a recorded turn begins a new one. ``replaces`` names the
@@ -288,8 +294,10 @@ class Personalizer:
         """
         options = options or Options()
         for message in messages:
-            check_text(message.content, "a message")
-        if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+            for text in (message.content, *(part for call in message.calls for part in (call.name, call.arguments))):
+                check_text(text, "a message")
+        last = messages[-1] if messages else Message("user", "")
+        if last.role != "tool" and (last.role != "user" or not last.content.strip()):
             raise UsageError(
                 "there is nothing to answer: the conversation ends with a user's message that is not empty"
             )
@@ -301,7 +309,7 @@ class Personalizer:
         except UnknownUserError:  # erased, perhaps by another process
             self.forget(user_id)
             raise
-        profile, heard = self.reread(profile, messages[-1].content)
+        profile, heard = self.reread(profile, last.content if last.role == "user" else None)
         plan = self.plan(profile, options)
         return Prepared(user_id, plan, (*heard, *_notices(plan, options, user_id)))
 
@@ -370,9 +378,9 @@ class Personalizer:
                 pass
         return stream.reply
 
-    def reread(self, profile: Profile, message: str) -> tuple[Profile, list[str]]:
+    def reread(self, profile: Profile, message: str | None) -> tuple[Profile, list[str]]:
         """The profile with what its persona says, where that was not read yet, and with what the user's own ``message``
-        says, where they are listened to; and what there is to tell of it.
+        (``None``: they said nothing) says, where they are listened to; and what there is to tell of it.
 
         What cannot be read for want of an embedder is told and left.
         """
@@ -383,7 +391,7 @@ class Personalizer:
             inferer = self._inferer()
             if self._infers and (profile.persona or profile.inferred_from):
                 profile = infer_persona(self._store, profile, inferer)
-            if self._learns:
+            if self._learns and message is not None:
                 profile, notices = learn_from(self._store, profile, message, inferer, self._dimensions)
         except MissingExtraError as error:
             notices.append(f"no preference was read out of words: {error}")
@@ -437,13 +445,15 @@ class Personalizer:
         replaces: int | None,
     ) -> Reply:
         plan = reply.plan.as_json(chat)
+        said = [message for message in messages if message.role != "system"]
+        prompt = said.pop().content if said[-1].role == "user" else ""  # a tool's answer is part of what came before
         recorded = self._store.record(
             Turn(
                 user_id=user_id,
                 conversation_id=reply.conversation_id,
                 system=_system(messages),
-                history=() if reply.conversation_id else tuple(m for m in messages[:-1] if m.role != "system"),
-                prompt=messages[-1].content,
+                history=() if reply.conversation_id else tuple(said),
+                prompt=prompt,
                 text=reply.text,
                 finish_reason=reply.finish_reason,
                 plan=plan,
@@ -586,7 +596,8 @@ def build_request(
     """
 
     def request(combiner: Combiner, *contexts: Sequence[Message], parameters: tuple[float, ...] = ()) -> Request:
-        views = tuple(View(chat.template.encode(context)) for context in contexts)
+        encode = partial(chat.template.encode, tools=plan.tools, opening=plan.opening)
+        views = tuple(View(encode(context)) for context in contexts)
         return Request(views, combiner, plan.sampling, parameters, chat.stop_ids)
 
     if plan.method == "none" or not (plan.principle or plan.dials):

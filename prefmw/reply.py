@@ -22,6 +22,7 @@ class Plan:
 
     ``principle`` is what every steered view reads. ``dials`` are Drift's, a view each; ``left_out`` are the
     dimensions beyond their bound. ``candidate`` is how PAD picks, ``persrm`` the checkpoint that guides it.
+    ``tools`` are what the reply may call, ``opening`` what it is made to begin with.
     """
 
     method: str
@@ -34,10 +35,13 @@ class Plan:
     left_out: tuple[str, ...] = ()
     candidate: str | None = None
     persrm: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    opening: tuple[tuple[str, bool], ...] = ()
 
     def as_json(self, chat: ChatModel) -> dict[str, Any]:
         """The plan on one model, as it is recorded with a turn."""
-        return {
+        tools = {"tools": list(self.tools), "opening": "".join(text for text, _ in self.opening)} if self.tools else {}
+        return tools | {
             "method": self.method,
             "strength": self.strength,
             "principle": self.principle,

@@ -18,6 +18,7 @@ from prefmw.preferences import (
     RecordedTurn,
     Source,
     Stated,
+    ToolCall,
     Weight,
     check_key,
     check_method,
@@ -58,8 +59,24 @@ def turn_of(row: Row[Any]) -> RecordedTurn:
     values = dict(row._mapping)
     del values["output_tokens"]  # the number of token ids
     values["token_ids"] = tuple(row.token_ids)
-    values["history"] = tuple(Message(role, content) for role, content in row.history)
+    values["history"] = tuple(message_of(said) for said in row.history)
     return RecordedTurn(**values)
+
+
+def message_row(message: Message) -> list[Any]:
+    """A message as JSON: [role, content], and with tools a third, {"calls": [[name, arguments, id]], "answers": id}."""
+    plain = [message.role, message.content]
+    if not (message.calls or message.answers):
+        return plain
+    return [*plain, {"calls": [list(call) for call in message.calls], "answers": message.answers}]
+
+
+def message_of(row: Sequence[Any]) -> Message:
+    """The message that :func:`message_row` was given."""
+    role, content, *rest = row
+    tools = rest[0] if rest else {}
+    calls = tuple(ToolCall(*call) for call in tools.get("calls", ()))
+    return Message(role, content, calls, tools.get("answers", ""))
 
 
 def feedback_of(row: Row[Any]) -> RecordedFeedback:

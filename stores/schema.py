@@ -126,9 +126,9 @@ turns = Table(
         "conversation_id", String(32), ForeignKey("conversations.id", ondelete="CASCADE"), nullable=False, index=True
     ),
     Column("system", Text, nullable=False),
-    Column(
-        "history", JSON, nullable=False
-    ),  # [[role, content]] before the prompt that are no turns of the conversation
+    # Messages before the prompt that are no turns of the conversation, by rows.message_row; where a tool's answer comes
+    # last, it is one of them, and the prompt is empty.
+    Column("history", JSON, nullable=False),
     Column("prompt", Text, nullable=False),
     Column("text", Text, nullable=False),
     Column("finish_reason", String(16), nullable=False),

@@ -54,6 +54,7 @@ from prefmw.stores.rows import (
     feedback_of,
     flat,
     merged,
+    message_row,
     ordered,
     packed,
     profile_from_snapshot,
@@ -261,7 +262,7 @@ class SQLPreferenceStore:
                 )
             values = asdict(turn) | {
                 "conversation_id": conversation_id,
-                "history": [[message.role, message.content] for message in turn.history],
+                "history": [message_row(message) for message in turn.history],
                 "text": storable(turn.text),
                 "token_ids": list(turn.token_ids),
                 "output_tokens": turn.output_tokens,
@@ -284,7 +285,8 @@ class SQLPreferenceStore:
                 system = turn.system
                 messages += turn.history
                 if turn.text and turn.id not in replaced:
-                    messages += [Message("user", turn.prompt), Message("assistant", turn.text)]
+                    messages += [Message("user", turn.prompt)] if turn.prompt else []
+                    messages += [Message("assistant", turn.text)]
                     last = turn.id
             return Conversation(row.id, system, tuple(messages), last)
 

@@ -87,12 +87,22 @@ class RevisionRecord(_Strict):
     created_at: Time
 
 
+class ToolsRecord(_Strict):
+    """What a message has to do with tools: the calls it makes, as [name, arguments, id], and the one it answers."""
+
+    calls: list[tuple[Text, Text, Text]]
+    answers: Text
+
+
+_Role = Literal["system", "user", "assistant", "tool"]
+
+
 class TurnRecord(_Strict):
     """One exchange of a conversation; ``id`` is what feedback of the same person refers to."""
 
     id: int
     system: Text
-    history: list[tuple[Literal["system", "user", "assistant"], Text]]
+    history: list[tuple[_Role, Text] | tuple[_Role, Text, ToolsRecord]]
     prompt: Text
     text: Text
     finish_reason: Annotated[Text, Field(max_length=16)]

@@ -46,6 +46,34 @@ QWEN = (  # ChatML that writes a system prompt of its own where there is none
     + CHATML
 )
 
+HERMES = (  # ChatML that takes tools; a call stands between control tokens, an answer in a user's turn
+    "{% if tools or messages[0].role == 'system' %}<|im_start|>system\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    "{% if tools %}{{ '\\n\\n' }}# Tools\n<tools>{% for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}"
+    "{{ '\\n' }}</tools>\n"
+    'Call one as <tool_call>\n{"name": NAME, "arguments": ARGUMENTS}\n</tool_call>{% endif %}<|im_end|>\n{% endif %}'
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
+    "{% elif m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{% if m.content or not loop.first %}{{ '\\n' }}{% endif %}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|im_end|>{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA31 = (  # Llama 3 that takes tools: one call a message, in place of its content; answers quoted as JSON
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% else %}{% set system = '' %}{% endif %}"
+    "<|start_header_id|>system<|end_header_id|>\n\n{{ system | trim }}"
+    '{% if tools %}\nReply with {"name": function, "parameters": arguments}.'
+    "{% for tool in tools %}\n{{ tool | tojson(indent=4) }}{% endfor %}{% endif %}<|eot_id|>"
+    "{% for m in messages if m.role != 'system' %}"
+    "<|start_header_id|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n"
+    "{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}"
+    '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
+    "{% elif m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content | trim }}{% endif %}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
 FAMILIES: dict[str, tuple[str, list[str], str, str | None]] = {
     # name: (template, control tokens, end of turn, beginning of sequence)
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>", None),
@@ -57,6 +85,13 @@ FAMILIES: dict[str, tuple[str, list[str], str, str | None]] = {
         "<|begin_of_text|>",
     ),
     "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", "<s>"),
+    "hermes": (HERMES, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>", None),
+    "llama31": (
+        LLAMA31,
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"],
+        "<|eot_id|>",
+        "<|begin_of_text|>",
+    ),
     "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", "<bos>"),
 }
 
@@ -94,6 +129,8 @@ def make_tokenizer(family: str = "chatml") -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=end_of_turn, bos_token=bos, additional_special_tokens=control
     )
+    if family == "hermes":  # control tokens that are no special ones, and so part of a reply's text
+        tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer.chat_template = template
     return tokenizer
 

@@ -11,19 +11,22 @@ two, so that it stays the characters it is.
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from prefmw.errors import ChatTemplateError, ModelError
-from prefmw.preferences import Message
+from prefmw.models.marks import Marks, Rendered
+from prefmw.preferences import Message, ToolCall
 
 _MARKER = re.compile(r"[<\[{(|#]+[^\s<>]+[>\])}|:]+|[A-Z][A-Za-z]*:")
 """What a turn marker of plain text looks like: ``<|user|>``, ``[INST]``, ``<<SYS>>``, ``USER:``."""
 
-Rendered = list[tuple[str, bool]]
-"""A prompt in pieces: (text, whether it is somebody's content rather than the template's)."""
+ToolForm = Literal["hermes", "llama"]
+"""How a model calls a tool: ``<tool_call>`` around {"name": ..., "arguments": ...}, as Hermes and Qwen do, or bare
+{"name": ..., "parameters": ...}, as Llama 3 does.
+"""
 
 
 class ChatTemplate:
@@ -53,18 +56,27 @@ class ChatTemplate:
         self._options = dict(options or {})
         self._takes_system = self._probe_system()
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        opening: Sequence[tuple[str, bool]] = (),
+    ) -> list[int]:
         """The prompt's token ids: the conversation in the template, ending where the assistant's reply begins.
 
         System messages are joined in front, runs of one role merged, and the system prompt folded into the first user
-        message where the template refuses one.
+        message where the template refuses one. ``tools`` are what the reply may call, as JSON schemas in OpenAI's form;
+        ``opening`` is what the reply begins with.
 
         Raises:
-            ChatTemplateError: no user message, or the template refuses the conversation.
+            ChatTemplateError: no message to answer, or the template refuses the conversation or takes no tools.
         """
+        if tools or any(message.calls or message.role == "tool" for message in messages):
+            self.tool_form  # noqa: B018 (raises where there is none)
         pieces = [
             (self._without_markers(text) if content else text, content)
-            for text, content in self._render(self._normalise(messages))
+            for text, content in [*self._render(self._normalise(messages), tools=tools), *opening]
         ]
         plain = self._tokenise("".join(text for text, _ in pieces))
         marked = self._tokenise("".join("a" if content else text for text, content in pieces))
@@ -79,6 +91,35 @@ class ChatTemplate:
             ChatTemplateError: the tokenizer reads a control token in it however it is split.
         """
         return self._tokenise_cut([(self._without_markers(text), True)], controls=[])
+
+    @cached_property
+    def tool_form(self) -> ToolForm:
+        """How the model calls tools, by what the template prints for a call.
+
+        Raises:
+            ChatTemplateError: the template takes no tools, or prints calls in another way.
+        """
+        probe = "probe_of_tools"
+        parameters = {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}, "required": ["a"]}
+        tool = {"type": "function", "function": {"name": probe, "description": "a", "parameters": parameters}}
+        asked = Message("user", "a")
+        if not any(probe in text for text, _ in self._try(lambda: self._render([asked], tools=[tool])) or []):
+            raise ChatTemplateError(
+                f"the chat template of '{self._name}' takes no tools; choose a model that was trained to call them "
+                "(Qwen2.5-Instruct, Llama-3.1-Instruct or Hermes, say)"
+            )
+        called = Message("assistant", "", (ToolCall(probe, arguments := '{"of_the_probe": 1}', "a"),))
+        talk = [asked, called, Message("tool", "a", answers="a")]
+        pieces = self._try(lambda: self._render(talk, tools=[tool])) or []
+        before = "".join(text for text, _ in pieces).partition(arguments)[0]
+        if re.search(rf'<tool_call>\s*{{"name":\s*"{probe}",\s*"arguments":\s*$', before):
+            return "hermes"
+        if re.search(rf'{{"name":\s*"{probe}",\s*"parameters":\s*$', before):
+            return "llama"
+        raise ChatTemplateError(
+            f"the chat template of '{self._name}' writes calls of tools in a way that prefmw does not read; it reads "
+            "Hermes' and Qwen's <tool_call> and Llama 3's JSON"
+        )
 
     @property
     def _drops_reasoning(self) -> bool:
@@ -96,6 +137,12 @@ class ChatTemplate:
         pieces = self._render([Message("system", "a"), *talk] if self._takes_system else talk)
         anywhere: set[str] = set()
         line_starts: set[str] = set()
+        called = Message("assistant", "", (ToolCall("a", "{}"),))
+        with_tool = self._try(lambda: self._render([talk[0], called, Message("tool", "an answer")])) or []
+        for (before, _), (text, content), (after, _) in zip(with_tool, with_tool[1:], with_tool[2:], strict=False):
+            if content and text == "an answer":  # what a tool's answer stands between, and nothing of the call's JSON
+                words = self._outside_controls(before)[-1].split()[-1:] + self._outside_controls(after)[0].split()[:1]
+                anywhere |= {word for word in words if _MARKER.fullmatch(word)}
         for index, (text, content) in enumerate(pieces):
             if content:
                 continue
@@ -167,11 +214,12 @@ class ChatTemplate:
             content = message.content
             if message.role == "assistant" and self._drops_reasoning:
                 content = content.rpartition("</think>")[2].lstrip("\n")
-            if turns and turns[-1].role == message.role:
-                turns[-1] = Message(message.role, f"{turns[-1].content}\n\n{content}")
+            last = turns[-1] if turns else None
+            if last and last.role == message.role and message.role != "tool" and not (last.calls or message.calls):
+                turns[-1] = Message(message.role, f"{last.content}\n\n{content}")
             else:
-                turns.append(Message(message.role, content))
-        if not turns or turns[-1].role != "user":
+                turns.append(replace(message, content=content))
+        if not turns or turns[-1].role not in ("user", "tool"):
             raise ChatTemplateError("a conversation ends with a user's message, which the reply answers; add one")
         if system and self._takes_system:
             return [Message("system", system), *turns]
@@ -180,31 +228,64 @@ class ChatTemplate:
             turns[first] = Message("user", f"{system}\n\n{turns[first].content}")
         return turns
 
-    def _render(self, messages: Sequence[Message], *, reply: bool = True) -> Rendered:
-        """Render with a mark for each content, then put the contents back, keeping apart whose text is whose.
-
-        White space around a content stays around its mark, so that a template that trims contents still does.
-        """
-        nonce = secrets.token_hex(8)
-        marks = {f"x{nonce}n{index}x": message.content.strip() for index, message in enumerate(messages)}
-        marked = [
-            {"role": message.role, "content": message.content.replace(core, mark, 1) if core else message.content}
-            for message, (mark, core) in zip(messages, marks.items(), strict=True)
-        ]
+    def _render(
+        self, messages: Sequence[Message], *, reply: bool = True, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Rendered:
+        """Render with a mark for each content, then put the contents back, keeping apart whose text is whose."""
+        marks = Marks()
+        calls = {call.id: (f"call{index:05}", call.name) for index, call in enumerate(_calls(messages))}
+        marked = [self._marked(message, marks, calls) for message in messages]
+        options = dict(self._options)
+        if tools:
+            options["tools"] = [self._marked_json(tool, marks) for tool in tools]
         try:
-            text = self._tokenizer.apply_chat_template(
-                marked, tokenize=False, add_generation_prompt=reply, **self._options
-            )
+            text = self._tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=reply, **options)
         except Exception as error:  # templates raise what they like: jinja2 errors, TypeError, KeyError
             reason = " ".join(str(error).split())[:200]
             raise ChatTemplateError(
                 f"the chat template of '{self._name}' refuses this conversation: {reason}"
             ) from error
-        parts = [part for part in re.split(rf"(x{nonce}n\d+x)", text) if part]
-        pieces: Rendered = [(marks.get(part, part), part in marks) for part in parts]
-        if sorted(part for part in parts if part in marks) != sorted(mark for mark, core in marks.items() if core):
-            raise ChatTemplateError(f"the chat template of '{self._name}' leaves out a message or writes one twice")
-        return pieces
+        try:
+            return marks.split(text)
+        except ValueError as error:
+            raise ChatTemplateError(f"the chat template of '{self._name}' {error}") from error
+
+    @staticmethod
+    def _marked(message: Message, marks: Marks, calls: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+        """A message as templates take it, with marks for what somebody wrote; ids become nine letters and digits."""
+        found: dict[str, Any] = {"role": message.role, "content": marks.of(message.content, needed=not message.calls)}
+        if message.calls:
+            found["tool_calls"] = [
+                {
+                    "id": calls[call.id][0],
+                    "type": "function",
+                    "function": {
+                        "name": marks.of(call.name, needed=False),
+                        "arguments": marks.of_json(call.arguments),
+                    },
+                }
+                for call in message.calls
+            ]
+        if message.role == "tool":
+            number, name = calls.get(message.answers, ("call00000", ""))
+            found |= {"tool_call_id": number, "name": marks.of(name, needed=False)}
+        return found
+
+    def _marked_json(self, value: Any, marks: Marks) -> Any:
+        """A tool's schema, with marks for strings that look like control tokens or turn markers; templates look at the
+        others, the types say.
+        """
+        if isinstance(value, Mapping):
+            return {self._marked_json(key, marks): self._marked_json(item, marks) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked_json(item, marks) for item in value]
+        if isinstance(value, str) and self._is_suspicious(value):
+            return marks.of(value, needed=False)
+        return value
+
+    def _is_suspicious(self, text: str) -> bool:
+        controls = self._control_strings and re.search(self._control_pattern, text)
+        return bool(controls or (self._text_markers and self._text_markers.search(text)))
 
     def _without_markers(self, text: str) -> str:
         """A content with the template's plain-text turn markers broken."""
@@ -271,6 +352,10 @@ class ChatTemplate:
             if any(content[start:end]):
                 cuts.append(start + 1)
         return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _calls(messages: Iterable[Message]) -> Iterable[ToolCall]:
+    return (call for message in messages for call in message.calls)
 
 
 def _lines(text: str) -> list[str]:

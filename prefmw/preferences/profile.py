@@ -97,12 +97,25 @@ class Revision:
     created_at: datetime
 
 
+class ToolCall(NamedTuple):
+    """A call of a tool: its name, its arguments as a JSON object, and an id that its answer names."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation. Its content is text and never becomes a control token."""
+    """One message of a conversation. Its content is text and never becomes a control token.
 
-    role: Literal["system", "user", "assistant"]
+    An assistant's message may call tools; a tool's answers the call of that id.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    calls: tuple[ToolCall, ...] = ()
+    answers: str = ""
 
 
 def check_text(text: str, what: str) -> str:

@@ -15,7 +15,7 @@ from prefmw.errors import (
     UsageError,
     UserExistsError,
 )
-from prefmw.preferences import Feedback, Message, PreferenceStore, Source, Stated, Turn
+from prefmw.preferences import Feedback, Message, PreferenceStore, Source, Stated, ToolCall, Turn
 
 PERSONA = "I'm a nurse on night shifts; keep it short — 夜勤 🛌"
 
@@ -563,6 +563,22 @@ class StoreConformance:
         recorded = store.record(turn(prompt="one?", text="one.", history=earlier))
         assert store.turns("alice", recorded.conversation_id)[0].history == earlier
         assert store.conversation("alice", recorded.conversation_id).messages[:2] == earlier
+
+    def test_calls_of_tools_and_their_answers_are_kept_and_travel(self, store):
+        store.add_user("alice", actor="test")
+        earlier = (
+            Message("user", "what is the weather?"),
+            Message("assistant", "", (ToolCall("weather", '{"place": "town"}', "1"),)),
+            Message("tool", "sunny", answers="1"),
+        )
+        recorded = store.record(turn(prompt="", text="Sunny.", history=earlier))
+        assert store.turns("alice", recorded.conversation_id)[0].history == earlier
+        said = store.conversation("alice", recorded.conversation_id).messages
+        assert said == (*earlier, Message("assistant", "Sunny."))
+        person = json.loads(json.dumps(store.export("alice")))
+        store.erase("alice")
+        store.load([person], actor="test")
+        assert store.conversation("alice", recorded.conversation_id).messages == said
 
     def test_a_turn_without_a_reply_is_kept_and_passed_over(self, store):
         store.add_user("alice", actor="test")
