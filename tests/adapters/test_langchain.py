@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.exceptions import ContextOverflowError
+from langchain_core.messages import (
+    AIMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 
 from prefmw.adapters.langchain import ChatPrefMW
-from prefmw.bootstrap import close_engines, open_store
-from prefmw.errors import UnknownUserError, UsageError
+from prefmw.errors import ContextLengthError, UsageError
 from prefmw.preferences import Source, Stated
-from prefmw.settings import load_settings
-
-QUESTION = "How do I fall asleep faster?"
-
-
-@pytest.fixture
-def people():
-    store = open_store(load_settings())
-    store.add_user("alice", persona="a nurse on night shifts", actor="test")
-    store.add_user("bob", persona="a cook", actor="test")
-    yield store
-    store.close()
-
-
-@pytest.fixture
-def chat(toy, people):
-    yield ChatPrefMW(model=str(toy), method="linear", max_tokens=24, seed=1)
-    close_engines()
+from tests.adapters.conftest import QUESTION
 
 
 def test_a_reply_is_for_the_user_of_the_call(chat):
@@ -46,7 +39,10 @@ def test_a_reply_says_what_was_applied(chat, people):
     reply = chat.invoke(QUESTION, user_id="alice")
     assert reply.response_metadata["finish_reason"] == "length"
     assert reply.response_metadata["model_name"] == chat.model
-    assert reply.response_metadata["prefmw"] == {
+    applied = reply.response_metadata["prefmw"]
+    (conversation,) = people.conversations("alice")
+    assert people.turns("alice", conversation.id)[0].id == applied.pop("turn")
+    assert applied == {
         "user": "alice",
         "revision": 2,
         "method": "linear",
@@ -67,7 +63,7 @@ def test_streamed_chunks_add_up_to_the_reply(chat):
     assert len(chunks) > 3
     assert whole.content == plain.content
     assert whole.usage_metadata == plain.usage_metadata
-    assert whole.response_metadata["prefmw"] == plain.response_metadata["prefmw"]
+    assert whole.response_metadata["prefmw"]["weights"] == plain.response_metadata["prefmw"]["weights"]
     assert chunks[-1].chunk_position == "last"
 
 
@@ -97,23 +93,74 @@ def test_history_system_prompt_and_content_blocks_are_read(chat):
     assert chat.invoke(long, user_id="alice").usage_metadata["input_tokens"] > short.usage_metadata["input_tokens"]
 
 
-def test_stop_strings_end_the_reply(chat):
+def test_stop_strings_end_the_reply_plain_and_in_pieces(chat):
     whole = chat.invoke(QUESTION, user_id="alice").content
-    assert chat.invoke(QUESTION, user_id="alice", stop=[whole[10:12]]).content == whole.split(whole[10:12])[0]
+    stop = whole[10:12]
+    for asked in ({"stop": [stop]}, {"stop": ["never said", stop]}):
+        reply = chat.invoke(QUESTION, user_id="alice", **asked)
+        assert reply.content == whole.split(stop)[0]
+        assert reply.response_metadata["finish_reason"] == "stop"
+        chunks = list(chat.stream(QUESTION, user_id="alice", **asked))
+        assert "".join(chunk.content for chunk in chunks) == reply.content
+    own = chat.model_copy(update={"stop": [stop]})
+    assert own.invoke(QUESTION, user_id="alice").content == whole.split(stop)[0]
+    assert own.invoke(QUESTION, user_id="alice", stop=[]).content == whole  # a call's own win
 
 
-def test_a_global_cache_keeps_nothing_of_one_user_for_another(chat, people):
-    from langchain_core.caches import InMemoryCache
-    from langchain_core.globals import set_llm_cache
+def test_a_stop_string_of_any_length_does_no_harm(chat):
+    whole = chat.invoke(QUESTION, user_id="alice").content
+    assert chat.invoke(QUESTION, user_id="alice", stop=["x" * 10_000]).content == whole
+    assert chat.invoke(QUESTION, user_id="alice", stop=[whole + "x" * 10_000]).content == whole
+    assert chat.invoke(QUESTION, user_id="alice", stop=[""]).content == whole
 
-    set_llm_cache(InMemoryCache())
-    try:
-        before = chat.invoke(QUESTION, user_id="alice")
-        assert chat.invoke(QUESTION, user_id="bob").content != before.content
-        people.write_weights("alice", {"humor": Stated(1.0)}, source=Source.user, actor="test")
-        assert chat.invoke(QUESTION, user_id="alice").response_metadata["prefmw"]["revision"] == 2
-    finally:
-        set_llm_cache(None)
+
+def test_system_messages_are_read_together_wherever_they_stand(chat):
+    both = [SystemMessage("Be kind.\n\nBe brief."), HumanMessage(QUESTION)]
+    apart = [SystemMessage("Be kind."), HumanMessage(QUESTION), SystemMessage("Be brief.")]
+    assert chat.invoke(apart, user_id="alice").content == chat.invoke(both, user_id="alice").content
+
+
+# Beyond the context
+
+
+def long_talk(rounds: int) -> list:
+    talk = [SystemMessage("Be kind.")]
+    for index in range(rounds):
+        talk += [HumanMessage(f"Question {index}: how do I cook rice with lentils?"), AIMessage("Try it with onions.")]
+    return [*talk, HumanMessage(QUESTION)]
+
+
+def test_a_conversation_beyond_the_context_is_an_error_of_both_libraries(chat):
+    with pytest.raises(ContextOverflowError, match=r"512.*on_overflow='trim'") as caught:
+        chat.invoke(long_talk(40), user_id="alice")
+    assert isinstance(caught.value, ContextLengthError)
+
+
+@pytest.mark.parametrize("rounds", [10, 11, 40, 200])
+def test_or_it_loses_its_oldest_exchanges_and_says_so(chat, rounds):
+    trimming = chat.model_copy(update={"on_overflow": "trim", "max_tokens": 64})
+    reply = trimming.invoke(long_talk(rounds), user_id="alice")
+    (notice,) = reply.response_metadata["prefmw"]["notices"]
+    left_out = int(notice.split()[2])
+    assert notice.startswith("the oldest")
+    assert left_out % 2 == 0
+    assert reply.usage_metadata["input_tokens"] <= 512 - 64
+    kept = [long_talk(rounds)[0], *long_talk(rounds)[1 + left_out :]]
+    assert chat.model_copy(update={"max_tokens": 64}).invoke(kept, user_id="alice").content == reply.content
+    one_more = [long_talk(rounds)[0], *long_talk(rounds)[1 + left_out - 2 :]]
+    assert trimming.invoke(one_more, user_id="alice").response_metadata["prefmw"]["notices"] != []
+
+
+def test_a_conversation_that_fits_loses_nothing(chat):
+    trimming = chat.model_copy(update={"on_overflow": "trim"})
+    assert trimming.invoke(long_talk(2), user_id="alice").response_metadata["prefmw"]["notices"] == []
+
+
+def test_a_question_that_does_not_fit_by_itself_is_an_error_all_the_same(chat):
+    trimming = chat.model_copy(update={"on_overflow": "trim"})
+    for talk in ([HumanMessage("word " * 600)], [*long_talk(3), AIMessage("Yes?"), HumanMessage("word " * 600)]):
+        with pytest.raises(ContextOverflowError):
+            trimming.invoke(talk, user_id="alice")
 
 
 def test_a_stream_left_open_when_the_program_ends_is_recorded(toy, people):
@@ -136,41 +183,51 @@ def test_an_unknown_field_is_refused():
         ChatPrefMW(methd="linear")
 
 
-def test_a_cache_of_its_own_is_refused():
-    from langchain_core.caches import InMemoryCache
-
-    with pytest.raises(ValueError, match="cache"):
-        ChatPrefMW(cache=InMemoryCache())
-
-
-def test_calls_at_once_share_one_store(chat, monkeypatch):
-    from prefmw.adapters import langchain as module
-
-    opened = []
-    monkeypatch.setattr(module, "open_store", lambda settings: opened.append(1) or open_store(settings))
-    replies = chat.batch([QUESTION] * 4, user_id="alice")
-    assert len({reply.content for reply in replies}) == 1
-    assert opened == [1]
-
-
 def test_a_change_of_its_fields_takes_effect(chat, people, tmp_path):
     chat.invoke(QUESTION, user_id="alice")
+    people.write_weights("alice", {"humor": Stated(0.5)}, source=Source.user, actor="test")
     elsewhere = chat.model_copy(update={"database": str(tmp_path / "other.db")})
-    with pytest.raises(UnknownUserError):
-        elsewhere.invoke(QUESTION, user_id="alice")
+    assert elsewhere.invoke(QUESTION, user_id="alice").response_metadata["prefmw"]["revision"] == 1
+    assert chat.invoke(QUESTION, user_id="alice").response_metadata["prefmw"]["revision"] == 2
     chat.database = str(tmp_path / "other.db")
-    with pytest.raises(UnknownUserError):
-        chat.invoke(QUESTION, user_id="alice")
+    assert chat.invoke(QUESTION, user_id="alice").response_metadata["prefmw"]["revision"] == 1
 
 
 def test_after_use_it_is_copied_and_pickled_as_its_configuration(chat):
-    import copy
-    import pickle
-
     reply = chat.invoke(QUESTION, user_id="alice").content
     for again in (copy.copy(chat), copy.deepcopy(chat), pickle.loads(pickle.dumps(chat))):
         assert again.model_dump() == chat.model_dump()
         assert again.invoke(QUESTION, user_id="alice").content == reply
+
+
+def test_a_pickle_holds_no_password_and_nothing_that_was_opened(chat):
+    secret = "postgresql+psycopg://u:s3cret@h:5432/d?sslmode=require&password=s3cret"
+    built = ChatPrefMW(database=secret)
+    stored = pickle.dumps(built)
+    assert b"s3cret" not in stored
+    again = pickle.loads(stored)
+    assert again.database == "postgresql+psycopg://u@h:5432/d?sslmode=require"
+    assert copy.copy(built).database == copy.deepcopy(built).database == secret
+    before = len(pickle.dumps(chat))
+    chat.invoke(QUESTION, user_id="alice")
+    assert len(pickle.dumps(chat)) == before < 2000
+
+
+def test_a_call_may_name_another_model(chat, tmp_path):
+    from tests.toymodels import save_chat_model
+
+    other = str(save_chat_model(tmp_path / "other", "qwen"))
+    assert chat.invoke(QUESTION, user_id="alice", model=other).response_metadata["model_name"] == other
+    assert chat.invoke(QUESTION, user_id="alice").response_metadata["model_name"] == chat.model
+    assert chat.invoke(QUESTION, user_id="alice", model=None).response_metadata["model_name"] == chat.model
+
+
+def test_traces_name_the_model_that_answers(chat, monkeypatch):
+    assert chat._get_ls_params(model="other")["ls_model_name"] == "other"
+    assert ChatPrefMW()._get_ls_params()["ls_model_name"] == "tiny"
+    monkeypatch.setenv("PREFMW_MODEL", "some/model")
+    assert ChatPrefMW(stop=["x"])._get_ls_params()["ls_stop"] == ["x"]
+    assert ChatPrefMW()._get_ls_params()["ls_model_name"] == "some/model"
 
 
 def test_tokens_are_counted_by_the_model_s_own_tokenizer(chat):
@@ -190,7 +247,6 @@ def test_building_the_object_is_free(home):
     ("call", "error", "message"),
     [
         ({"input": QUESTION}, UsageError, "user_id"),
-        ({"input": QUESTION, "user_id": "carol"}, UnknownUserError, "carol"),
         ({"input": QUESTION, "user_id": "alice", "nonsense": 1}, UsageError, "nonsense"),
         ({"input": QUESTION, "user_id": 3}, UsageError, "user id is text"),
         ({"input": QUESTION, "user_id": "alice", "strength": "2"}, UsageError, "strength is a number"),
@@ -200,7 +256,21 @@ def test_building_the_object_is_free(home):
         ({"input": QUESTION, "user_id": "alice", "method": 3}, UsageError, "named by text"),
         ({"input": QUESTION, "user_id": "alice", "temperature": "a"}, UsageError, "temperature is a number"),
         ({"input": [HumanMessage([{"type": "text"}])], "user_id": "alice"}, UsageError, "content block"),
-        ({"input": [ToolMessage("x", tool_call_id="1")], "user_id": "alice"}, UsageError, "ToolMessage"),
+        ({"input": [ToolMessage("x", tool_call_id="1")], "user_id": "alice"}, UsageError, "takes no tools"),
+        ({"input": [], "user_id": "alice"}, UsageError, "nothing to answer"),
+        ({"input": "  ", "user_id": "alice"}, UsageError, "nothing to answer"),
+        ({"input": [AIMessage("Hi.")], "user_id": "alice"}, UsageError, "nothing to answer"),
+        ({"input": [SystemMessage("Be kind.")], "user_id": "alice"}, UsageError, "nothing to answer"),
+        ({"input": [RemoveMessage(id="1")], "user_id": "alice"}, UsageError, "RemoveMessage"),
+        ({"input": [FunctionMessage("x", name="f")], "user_id": "alice"}, UsageError, "FunctionMessage"),
+        ({"input": [ChatMessage("x", role="critic")], "user_id": "alice"}, UsageError, "ChatMessage"),
+        ({"input": "nul \0", "user_id": "alice"}, UsageError, "NUL"),
+        (
+            {"input": [HumanMessage([{"type": "audio", "base64": "AA==", "mime_type": "audio/wav"}])], "user_id": "a"},
+            UsageError,
+            "'audio' in a message of type 'human'",
+        ),
+        ({"input": [SystemMessage([{"type": "image", "url": "x"}])], "user_id": "a"}, UsageError, "'image'"),
         (
             {"input": [HumanMessage([{"type": "image_url", "image_url": "http://x"}])], "user_id": "alice"},
             UsageError,
