@@ -9,6 +9,7 @@
     │   ├── UserExistsError        the id is taken
     │   ├── UnreadablePersonError  one of the people to be loaded cannot be read
     │   ├── UnknownConversationError
+    │   ├── ThreadOwnerError       an agent's thread is another user's
     │   ├── ModelNotFoundError     no model by that path or hub id
     │   ├── ChatTemplateError      the model has no chat template, or its template refuses these messages
     │   └── ContextLengthError     the prompt does not fit the model's context
@@ -47,6 +48,7 @@ __all__ = [
     "SettingsError",
     "StoreError",
     "StoreLockedError",
+    "ThreadOwnerError",
     "TrainingError",
     "UnknownConversationError",
     "UnknownUserError",
@@ -92,6 +94,10 @@ class UnreadablePersonError(UsageError):
 
 class UnknownConversationError(UsageError):
     """The user has no conversation by that id."""
+
+
+class ThreadOwnerError(UsageError):
+    """An agent's thread belongs to another user than the one who runs it."""
 
 
 class ModelNotFoundError(UsageError):

@@ -363,6 +363,10 @@ class Personalizer:
         generation = begin(plan, request, messages, backend.engine, guidance, scale)
         return ReplyStream(generation, Detokenizer(chat.tokenizer, options.stop), draft, record)
 
+    def principle(self, profile: Profile) -> str:
+        """The person's preferences in words, for a model that can only read them."""
+        return principle_text(profile, self._dimensions)
+
     def reply(
         self,
         user_id: str,
