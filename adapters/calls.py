@@ -32,6 +32,7 @@ class Call(str):
             "user": prepared.user_id,
             "database": without_password(settings.database_url),
             "plan": prepared.plan.as_json(opened.personalizer.load()),
+            "persrm": opened.personalizer.persrm(prepared.plan),
             "max_tokens": sampling.max_tokens,
             "seed": settings.seed if options.seed is None else options.seed,  # not one that was drawn for this call
         }

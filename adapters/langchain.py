@@ -38,7 +38,7 @@ from prefmw.preferences import Message, PreferenceStore, Profile, check_user_id
 from prefmw.reply import Reply, ReplyStream
 from prefmw.settings import load_settings
 
-_PER_CALL = ("method", "strength", "temperature", "top_p", "top_k", "max_tokens", "seed")
+_PER_CALL = ("method", "strength", "candidate", "temperature", "top_p", "top_k", "max_tokens", "seed")
 """Fields that a call's keywords may override, beside ``model`` and ``user_id``."""
 
 AT_ONCE = 128
@@ -82,6 +82,12 @@ class ChatPrefMW(BaseChatModel):
 
     strength: float | None = None
     """Strength of the method."""
+
+    persrm: str | None = None
+    """PAD's reward model, a folder; by default the settings', or the one embedded for the model."""
+
+    candidate: str | None = None
+    """How PAD picks: greedy, stochastic or best-of-k."""
 
     temperature: float | None = None
     """Sampling temperature; 0 is greedy."""
@@ -322,7 +328,7 @@ class ChatPrefMW(BaseChatModel):
 
     def _open(self, model: str | None) -> Opened:
         """The personalizer for the fields as they are now, opened at the first call with them."""
-        flags = {"model": model, "database": self.database, "log": self.log}
+        flags = {"model": model, "persrm": self.persrm, "database": self.database, "log": self.log}
         key = tuple(flags.values())
         if key not in self._opened:
             self._opened[key] = opened(**flags)

@@ -158,7 +158,8 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
         """The request as the user's preferences change it, and what is told of that in the reply."""
         user_id, work = owned(request.state, request.runtime), self._open()
         profile = work.profile(user_id, self._on_unknown_user, "first run of an agent")
-        heard = list(request.state.get("prefmw_heard", ()))
+        said: Any = request.state.get("prefmw_heard", ())
+        heard = list(said)
         if isinstance(request.model, ChatPrefMW):
             if request.model.store is not work.store:
                 raise UsageError(

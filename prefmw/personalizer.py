@@ -231,15 +231,22 @@ class Personalizer:
         """
         defaults = self._defaults
         method = choose_method(
-            profile, self._dimensions, options.method, defaults.method, has_persrm=defaults.has_persrm
+            profile,
+            self._dimensions,
+            options.method,
+            defaults.method,
+            has_persrm=defaults.has_persrm and not options.tools,
         )
-        if method == "pad" and not defaults.has_persrm:
-            raise UsageError(_NEEDS_PERSRM)
         strength = options.strength
         if strength is None:
             strength = profile.strengths.get(method, self._defaults.strength.get(method))
         elif STRENGTHS[method] is None and options.method in (None, AUTO):
             strength = None  # asked for whatever method applies, and this one takes none: stream() says so
+        strength = check_strength(method, strength)
+        if method == "pad" and not defaults.has_persrm:
+            raise UsageError(_NEEDS_PERSRM)
+        if method == "pad" and options.tools:
+            raise UsageError("the prompts of method 'pad' hold no tools; choose linear, drift or prompt for this call")
         sampling, candidate = self.sampling(options), check_candidate(options.candidate or defaults.candidate)
         if method == "pad":
             sampling, candidate = candidate_rule(sampling, candidate, options.top_p)
@@ -247,7 +254,7 @@ class Personalizer:
             profile,
             self._dimensions,
             method,
-            check_strength(method, strength),
+            strength,
             sampling,
             max_dials=defaults.max_dials,
             candidate=candidate or STOCHASTIC,
@@ -332,9 +339,8 @@ class Personalizer:
         backend, notices = self._backend(), list(prepared.notices)
         chat, guidance, scale = backend.chat, None, None
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
-        if plan.method == "pad" and plan.principle and prepared.user_id is not None:
-            guidance = backend.guidance()
-            plan = replace(plan, persrm=guidance.label)
+        if prepared.user_id is not None and (label := self.persrm(plan)) is not None:
+            guidance, plan = backend.guidance(), replace(plan, persrm=label)
             scale = self._scale(prepared.user_id, plan.principle, guidance, keep=log)
         request = build_request(plan, messages, chat, guidance, scale)
         request = replace(within_context(request, chat), owner=prepared.user_id)
@@ -366,6 +372,10 @@ class Personalizer:
     def principle(self, profile: Profile) -> str:
         """The person's preferences in words, for a model that can only read them."""
         return principle_text(profile, self._dimensions)
+
+    def persrm(self, plan: Plan) -> str | None:
+        """The checkpoint that guides a plan's reply, as name and revision; ``None`` where none does. Loads models."""
+        return self._backend().guidance().label if plan.method == "pad" and plan.principle else None
 
     def reply(
         self,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from functools import partial
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import HumanMessage
 
+from prefmw import personalizer
 from prefmw.adapters import awaiting
 from prefmw.adapters.langchain import ChatPrefMW, _begun
 from prefmw.alignment import combine_plain
@@ -24,17 +26,22 @@ QUESTIONS = [f"{QUESTION} {index}" for index in range(4)]
 
 
 class Watched:
-    """An engine whose requests are counted as they come, and which can be held so that what comes has to wait."""
+    """An engine of which it is seen how many requests are drawn for at once, and which can be held, so that what comes
+    has to wait.
+    """
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine, monkeypatch) -> None:
         self.engine = engine
         self.most = 0
-        self._draw = engine._draw
-        engine._draw = self._count
+        self.breaks = False
+        for name in ("combine_linear", "combine_plain"):
+            monkeypatch.setattr(personalizer, name, partial(self._combine, getattr(personalizer, name)))
 
-    def _count(self, group) -> None:
-        self.most = max(self.most, len(group))
-        self._draw(group)
+    def _combine(self, combiner, views, parameters):
+        if self.breaks:
+            raise RuntimeError("it broke")
+        self.most = max(self.most, len(views[0]))
+        return combiner(views, parameters)
 
     def hold(self) -> threading.Event:
         """Keep the worker busy until the event is set."""
@@ -51,7 +58,8 @@ class Watched:
 
     @property
     def rows(self) -> int:
-        return sum(len(table._rows) for table in self.engine._tables.values())
+        scheduler = self.engine._scheduler
+        return sum(len(active.rows) for active in (*scheduler._replying, *scheduler._reading))
 
 
 def eventually(true, seconds: float = 30.0) -> None:
@@ -62,11 +70,8 @@ def eventually(true, seconds: float = 30.0) -> None:
 
 
 @pytest.fixture
-def watched(chat):
-    engine = load_backend(load_settings({"model": chat.model})).engine
-    watched = Watched(engine)
-    yield watched
-    del engine._draw  # the class's own again
+def watched(chat, monkeypatch):
+    return Watched(load_backend(load_settings({"model": chat.model})).engine, monkeypatch)
 
 
 @pytest.fixture
@@ -219,10 +224,7 @@ async def test_the_event_loop_goes_on_while_replies_are_made(chat):
 
 
 async def test_an_engine_that_fails_tells_whoever_awaits(chat, watched):
-    def broken(group):
-        raise RuntimeError("it broke")
-
-    watched.engine._draw = broken
+    watched.breaks = True
     for ask in (chat.ainvoke, lambda *args, **kwargs: anext(chat.astream(*args, **kwargs))):
         with pytest.raises(EngineError, match="it broke"):
             await ask(QUESTION, user_id="alice")

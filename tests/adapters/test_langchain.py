@@ -23,6 +23,7 @@ from langchain_core.prompts import ChatPromptTemplate
 
 from prefmw.adapters.langchain import ChatPrefMW
 from prefmw.errors import ContextLengthError, UsageError
+from prefmw.personalizer import Personalizer
 from prefmw.preferences import Source, Stated
 from tests.adapters.conftest import QUESTION
 
@@ -176,6 +177,20 @@ print(next(stream).content)
     (turn,) = people.turns("alice", conversation.id)
     assert (turn.finish_reason, turn.prompt) == ("interrupted", "Hello")
     assert turn.text == result.stdout.removesuffix("\n")
+
+
+def test_pad_steers_by_a_persrm_and_is_cached_under_its_name_and_revision(people, monkeypatch):
+    chat = ChatPrefMW(model="tiny", user_id="bob", method="pad", candidate="greedy", max_tokens=8, seed=1)
+    assert chat.invoke(QUESTION).response_metadata["prefmw"]["method"] == "pad"
+    keys = {str(chat._call([HumanMessage(QUESTION)], None, {"user_id": "bob"})) for _ in range(2)}
+    assert len(keys) == 1
+    monkeypatch.setattr(Personalizer, "persrm", lambda self, plan: "another")
+    assert str(chat._call([HumanMessage(QUESTION)], None, {"user_id": "bob"})) not in keys
+
+
+def test_pad_without_a_persrm_is_refused(chat):
+    with pytest.raises(UsageError, match="needs a PersRM"):
+        chat.invoke("Hello", user_id="bob", method="pad")
 
 
 def test_an_unknown_field_is_refused():
