@@ -282,6 +282,8 @@ class ChatPrefMW(BaseChatModel):
         if user_id is not None:
             check_user_id(user_id)
         model = kwargs.pop("model", None) or self.model
+        if model is not None and not isinstance(model, str):
+            raise UsageError(f"a model is named by text, got {type(model).__name__}")
         values = {name: kwargs.pop(name, getattr(self, name)) for name in _PER_CALL}
         tools, choice = kwargs.pop("tools", None) or [], kwargs.pop("tool_choice", None)
         kwargs.pop("stream", None)  # LangChain has acted on it

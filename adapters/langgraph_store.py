@@ -249,7 +249,7 @@ def _passes(item: Item, conditions: Mapping[str, Any]) -> bool:
 
 def _field(value: Mapping[str, Any], name: str, kind: Any) -> Any:
     """What is written of an item; the rest of one that was read may stand beside it and is not written."""
-    found = value.get(name)
+    found = value.get(name) if isinstance(value, Mapping) else None
     if not isinstance(found, kind) or isinstance(found, bool) or set(value) - {name, "source", "confidence", "pole"}:
         raise UsageError(f"this preference is written as {{'{name}': ...}}, a {'text' if kind is str else 'number'}")
     return found

@@ -126,6 +126,8 @@ def test_a_user_id_may_hold_periods_and_is_nobody_else_s(view, people):
         ("humor", {"value": "much"}, "'value'"),
         ("humor", {"value": True}, "'value'"),
         ("humor", {}, "'value'"),
+        ("humor", ["value"], "'value'"),
+        ("humor", 0.5, "'value'"),
         ("humor", {"value": 1.0, "extra": 1}, "'value'"),
         ("persona", {"text": 3}, "'text'"),
         ("persona", {"text": "x" * 5000}, "4000"),
