@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
 from prefmw.reply import Reply, ReplyStream
 
-AT_ONCE = 256
+THREADS = 256
 """Replies read at once, at most; further ones wait for a thread. An engine lets as many wait for rows."""
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ _threads: ThreadPoolExecutor | None = None
 def _executor() -> ThreadPoolExecutor:
     global _threads
     if _threads is None:
-        _threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="prefmw-reply")
+        _threads = ThreadPoolExecutor(THREADS, thread_name_prefix="prefmw-reply")
     return _threads
 
 
@@ -41,45 +41,63 @@ async def in_thread(function: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(_executor(), function)
 
 
-async def awaited(begin: Callable[[], ReplyStream]) -> AsyncGenerator[str | Reply, None]:
-    """The pieces of a reply as they come, and at last the whole :class:`Reply`.
+class AwaitedReply:
+    """The pieces of a reply as they come, and at last the whole :class:`Reply`; an asynchronous iterator.
 
-    ``begin`` is called in the thread. However the generator is left, by its end, ``aclose`` or a cancelled task, the
-    engine is freed and the turn recorded before that returns.
+    However it is left, by its end, :meth:`aclose` or a cancelled task, the engine is freed and the turn recorded before
+    that returns. It is no generator, since a loop that ends closes every generator by itself, this one as its reader
+    would be closing it.
+
+    Args:
+        begin: called in the thread that reads the reply.
     """
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[str | Reply | BaseException] = asyncio.Queue()
-    left = threading.Event()
-    begun: list[ReplyStream] = []
 
-    def read() -> None:
+    def __init__(self, begin: Callable[[], ReplyStream]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived: asyncio.Queue[str | Reply | BaseException] = asyncio.Queue()
+        self._left = threading.Event()
+        self._begun: list[ReplyStream] = []
+        self._ended = False
+        self._reading = _executor().submit(self._read, begin)
+
+    def __aiter__(self) -> AwaitedReply:
+        return self
+
+    async def __anext__(self) -> str | Reply:
+        if self._ended:
+            raise StopAsyncIteration
         try:
-            if left.is_set():
+            item = await self._arrived.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if not isinstance(item, str):
+            await self.aclose()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    async def aclose(self) -> None:
+        """Let the engine do other work; what was said up to here is recorded when this returns."""
+        self._ended = True
+        self._left.set()
+        for stream in self._begun:
+            stream.cancel()
+        if not self._reading.cancel():
+            await asyncio.wrap_future(self._reading)
+
+    def _read(self, begin: Callable[[], ReplyStream]) -> None:
+        try:
+            if self._left.is_set():
                 return
             with begin() as stream:
-                begun.append(stream)
-                if left.is_set():
+                self._begun.append(stream)
+                if self._left.is_set():
                     stream.cancel()
                 for piece in stream:
-                    loop.call_soon_threadsafe(arrived.put_nowait, piece)  # raises where the loop is closed
+                    self._loop.call_soon_threadsafe(self._arrived.put_nowait, piece)  # raises where the loop is closed
             last: Reply | BaseException = stream.reply
         except BaseException as error:
             last = error
         with suppress(RuntimeError):
-            loop.call_soon_threadsafe(arrived.put_nowait, last)
-
-    reading = _executor().submit(read)
-    try:
-        while True:
-            item = await arrived.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            if isinstance(item, Reply):
-                return
-    finally:
-        left.set()
-        for stream in begun:
-            stream.cancel()
-        if not reading.cancel():
-            await asyncio.wrap_future(reading)
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, last)

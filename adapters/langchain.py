@@ -26,7 +26,7 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr
 
-from prefmw.adapters.awaiting import awaited, in_thread
+from prefmw.adapters.awaiting import AwaitedReply, in_thread
 from prefmw.adapters.calls import Call, trimmed
 from prefmw.adapters.chunks import Chunks, result
 from prefmw.adapters.messages import conversation
@@ -41,7 +41,7 @@ from prefmw.settings import load_settings
 _PER_CALL = ("method", "strength", "candidate", "temperature", "top_p", "top_k", "max_tokens", "seed")
 """Fields that a call's keywords may override, beside ``model`` and ``user_id``."""
 
-AT_ONCE = 128
+BATCH_AT_ONCE = 128
 """Calls of a batch in flight at once, where its config sets no ``max_concurrency``: twice the rows that an engine
 decodes at once, and half of those that it lets wait.
 """
@@ -220,7 +220,7 @@ class ChatPrefMW(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = _asked(kwargs) or await self._acall(messages, stop, kwargs)
-        async with aclosing(awaited(partial(_begun, call))) as pieces:
+        async with aclosing(AwaitedReply(partial(_begun, call))) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Reply):
                     return result(piece, call.reader())
@@ -252,7 +252,7 @@ class ChatPrefMW(BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         call = _asked(kwargs) or await self._acall(messages, stop, kwargs)
         chunks = Chunks(call.reader())
-        async with aclosing(awaited(partial(_begun, call))) as pieces:
+        async with aclosing(AwaitedReply(partial(_begun, call))) as pieces:
             async for piece in pieces:
                 for chunk in chunks.end(piece) if isinstance(piece, Reply) else chunks.of(piece):
                     if run_manager:
@@ -395,7 +395,7 @@ def _at_once(config: Any, count: int) -> list[RunnableConfig]:
     """A config for each of a batch's calls, which lets them be in flight together."""
     configs = get_config_list(config, count)
     if configs and configs[0].get("max_concurrency") is None:
-        configs[0] = {**configs[0], "max_concurrency": min(count, AT_ONCE)}
+        configs[0] = {**configs[0], "max_concurrency": min(count, BATCH_AT_ONCE)}
     return configs
 
 

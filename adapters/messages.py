@@ -14,8 +14,14 @@ from prefmw.errors import UsageError
 from prefmw.preferences import Message, ToolCall
 from prefmw.reply import Reply
 
-_OWN_WORDS = ("reasoning", "thinking", "redacted_thinking", "tool_use", "tool_call", "tool_call_chunk")
-"""Blocks of an AI message that are not its words: calls stand in ``tool_calls``, thoughts are not read again."""
+_NOT_SAID = (
+    *("reasoning", "thinking", "redacted_thinking"),
+    *("tool_use", "function_call", "tool_call", "tool_call_chunk", "invalid_tool_call"),
+    *("server_tool_call", "server_tool_call_chunk", "server_tool_result"),
+)
+"""Blocks of an AI message that are not its words: thoughts and what a provider's own tools did are not read again;
+calls stand in ``tool_calls`` and ``invalid_tool_calls``.
+"""
 
 
 def conversation(messages: Sequence[BaseMessage]) -> list[Message]:
@@ -75,7 +81,7 @@ def text_of(message: BaseMessage) -> str:
             texts.append(block)
         elif block.get("type") == "text" and isinstance(block.get("text"), str):
             texts.append(block["text"])
-        elif not (isinstance(message, AIMessage) and block.get("type") in _OWN_WORDS):
+        elif not (isinstance(message, AIMessage) and block.get("type") in _NOT_SAID):
             raise UsageError(
                 f"ChatPrefMW reads text, got a content block of type '{str(block.get('type'))[:40]}' in a message of "
                 f"type '{message.type}'; take it out, or give it to a model that reads such content"

@@ -63,6 +63,15 @@ def opened(**flags: Any) -> Opened:
         return Opened(settings, _stores[url], _personalizers[key])
 
 
+def close_opened() -> None:
+    """Let go of every store and personalizer; the next call opens its own anew."""
+    with _lock:
+        for store in _stores.values():
+            store.close()
+        _stores.clear()
+        _personalizers.clear()
+
+
 def without_password(database: str | None) -> str | None:
     """The URL of a database without the secrets in it; the driver then looks where it finds passwords otherwise."""
     if database is None or "://" not in database:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prefmw.adapters.langchain import ChatPrefMW
+from prefmw.adapters.opening import close_opened
 from prefmw.bootstrap import close_engines, open_store
 from prefmw.settings import load_settings
 
@@ -16,6 +17,13 @@ def engines():
     """Models stay loaded from test to test."""
     yield
     close_engines()
+
+
+@pytest.fixture(autouse=True)
+def databases(home):
+    """Every test's home holds a database of its own, whose connections end with the test."""
+    yield
+    close_opened()
 
 
 @pytest.fixture

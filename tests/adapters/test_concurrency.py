@@ -233,15 +233,30 @@ async def test_an_engine_that_fails_tells_whoever_awaits(chat, watched):
 def test_a_loop_that_is_gone_stops_its_replies(chat, watched):
     """An iterator that nobody closes, in a loop that is closed without closing iterators."""
     asked = chat._call([HumanMessage(QUESTION)], None, {"user_id": "alice", "max_tokens": 400})
-    pieces = awaiting.awaited(lambda: _begun(asked))
 
-    async def first():
+    async def begun():
+        pieces = awaiting.AwaitedReply(lambda: _begun(asked))
         return await anext(pieces)
 
     loop = asyncio.new_event_loop()
-    assert loop.run_until_complete(first())
+    assert loop.run_until_complete(begun())
     loop.close()
     eventually(lambda: watched.rows == 0)
+
+
+def test_a_loop_that_ends_closes_its_replies_without_a_word(chat, watched, people):
+    said = []
+
+    async def first():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context["message"]))
+        return await anext(kept[0])
+
+    kept = [chat.astream(QUESTION, user_id="alice", max_tokens=400)]
+    assert asyncio.run(first()).content
+    assert said == []
+    eventually(lambda: watched.rows == 0)
+    (turn,) = people.turns("alice", people.conversations("alice")[0].id)
+    assert turn.finish_reason == "interrupted"
 
 
 def test_a_child_process_has_threads_of_its_own():

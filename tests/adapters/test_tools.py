@@ -131,6 +131,29 @@ def test_what_the_model_wrote_in_place_of_a_call_is_shown_to_it_again(model, fam
     assert "that was no call" in engine.prompts[-1][-1]
 
 
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_a_reply_of_either_output_version_is_read_again(model, version, family):
+    chat, engine = model(WRITTEN[family], output_version=version)
+    bound = chat.bind_tools([weather])
+    reply = bound.invoke(QUESTION)
+    bound.invoke([HumanMessage(QUESTION), reply, ToolMessage("sunny", tool_call_id=reply.tool_calls[0]["id"])])
+    assert engine.prompts[-1][-1].count('"Ghent"') == 1
+    assert "sunny" in engine.prompts[-1][-1]
+
+
+def test_what_another_model_did_beside_its_words_is_not_read(model, family):
+    chat, engine = model("It is sunny.")
+    done = [
+        {"type": "reasoning", "reasoning": "SECRET"},
+        {"type": "server_tool_call", "id": "1", "name": "web_search", "args": {"query": "SECRET"}},
+        {"type": "server_tool_result", "tool_call_id": "1", "status": "success", "output": "SECRET"},
+        {"type": "text", "text": "Look outside."},
+    ]
+    chat.invoke([HumanMessage(QUESTION), AIMessage(done), HumanMessage("And?")])
+    assert "Look outside." in engine.prompts[-1][-1]
+    assert "SECRET" not in engine.prompts[-1][-1]
+
+
 def test_answers_are_rendered_back_and_the_turn_recorded(model, people, family):
     chat, engine = model("It is sunny.")
     call = {"name": "weather", "args": {"place": "Ghent 夜"}, "id": "abc", "type": "tool_call"}
