@@ -39,4 +39,4 @@ def per_row(value: Tensor | float, logits: Tensor, name: str, low: float = 0.0) 
 
 def difference(z0: Tensor, z1: Tensor) -> Tensor:
     """d = z1 - z0, (B, V); 0 where either is -inf, since such a column has no finite direction."""
-    return torch.where(z0.isneginf() | z1.isneginf(), torch.zeros_like(z1), z1 - z0)
+    return (z1 - z0).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -75,5 +75,5 @@ def _shares(weights: Tensor, gains: Tensor | None, shape: tuple[int, int]) -> Te
 def _moved(z0: Tensor, directions: Sequence[Tensor], shares: Tensor) -> Tensor:
     moved = torch.zeros_like(z0)
     for share, direction in zip(shares.unbind(1), directions, strict=True):
-        moved += share.unsqueeze(1) * direction
+        moved.addcmul_(share.unsqueeze(1), direction)
     return moved

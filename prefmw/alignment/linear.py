@@ -42,7 +42,7 @@ def scaled(without: Tensor, with_principle: Tensor, ratio: Tensor | float) -> Te
     """
     z0, z1 = check_logits(without, with_principle)
     step = per_row(ratio, z1, "ratio")
-    return torch.where(z1.isneginf(), z1, z1 + step * difference(z0, z1))
+    return torch.addcmul(z1, step, difference(z0, z1))
 
 
 def normalized(without: Tensor, with_principle: Tensor, step: Tensor | float, vocabulary: int | None = None) -> Tensor:

@@ -35,9 +35,7 @@ def guided(base: Tensor, policy: Tensor, beta: Tensor | float) -> Tensor:
         ValueError: shapes differ, a logit is NaN or +inf, or a beta is negative or not finite.
     """
     z0, z1 = check_logits(base, policy)
-    weight = per_row(beta, z0, "beta")
-    known = z0.isneginf() | z1.isneginf()
-    return torch.where(known, z0, z0 + weight * torch.where(known, torch.zeros_like(z0), z1 - z0))
+    return torch.addcmul(z0, per_row(beta, z0, "beta"), difference(z0, z1))
 
 
 def guided_by(base: Tensor, policy: Tensor, reference: Tensor, beta: Tensor | float) -> Tensor:
@@ -64,7 +62,7 @@ def guided_by(base: Tensor, policy: Tensor, reference: Tensor, beta: Tensor | fl
         ValueError: shapes differ, a logit is NaN or +inf, or a beta is negative or not finite.
     """
     z, z_theta, z_ref = check_logits(base, policy, reference)
-    return z + per_row(beta, z, "beta") * difference(z_ref, z_theta)
+    return torch.addcmul(z, per_row(beta, z, "beta"), difference(z_ref, z_theta))
 
 
 def guided_across(base: Tensor, policy: Tensor, reference: Tensor, beta: Tensor | float, columns: Tensor) -> Tensor:
