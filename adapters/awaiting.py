@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from typing import TypeVar
 
 from prefmw.reply import Reply, ReplyStream
@@ -37,8 +38,8 @@ if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
 
 
 async def in_thread(function: Callable[[], T]) -> T:
-    """What ``function`` returns, called in one of the threads that replies are read by."""
-    return await asyncio.get_running_loop().run_in_executor(_executor(), function)
+    """What ``function`` returns, called in one of the threads that replies are read by, with the caller's context."""
+    return await asyncio.get_running_loop().run_in_executor(_executor(), copy_context().run, function)
 
 
 class AwaitedReply:
@@ -83,8 +84,8 @@ class AwaitedReply:
         self._left.set()
         for stream in self._begun:
             stream.cancel()
-        if not self._reading.cancel():
-            await asyncio.wrap_future(self._reading)
+        if not self._reading.cancel() and not self._loop.is_closed():
+            await asyncio.wrap_future(self._reading, loop=self._loop)
 
     def _read(self, begin: Callable[[], ReplyStream]) -> None:
         try:

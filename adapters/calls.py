@@ -23,21 +23,27 @@ class Call(str):
     prepared: Prepared
     messages: list[Message]
     options: Options
+    trimmed: bool
+    """Whether the conversation has lost what would not fit."""
 
     @classmethod
-    def of(cls, opened: Opened, prepared: Prepared, messages: list[Message], options: Options) -> Call:
+    def of(
+        cls, opened: Opened, prepared: Prepared, messages: list[Message], options: Options, *, trimmed: bool
+    ) -> Call:
         """The call, the model loaded to know its revision."""
         settings, sampling = opened.settings, prepared.plan.sampling
         about = {
             "user": prepared.user_id,
             "database": without_password(settings.database_url),
             "plan": prepared.plan.as_json(opened.personalizer.load()),
-            "persrm": opened.personalizer.persrm(prepared.plan),
+            "persrm": guidance.label if (guidance := opened.personalizer.guidance(prepared.plan)) else None,
+            "notices": prepared.notices,  # they stand in the reply that is kept
             "max_tokens": sampling.max_tokens,
-            "seed": settings.seed if options.seed is None else options.seed,  # not one that was drawn for this call
+            "seed": settings.seed if options.seed is None else sampling.seed,  # not one that was drawn for this call
         }
         call = cls(hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest())
         call.opened, call.prepared, call.messages, call.options = opened, prepared, messages, options
+        call.trimmed = trimmed
         return call
 
     def reader(self) -> ToolCallReader | None:
@@ -60,12 +66,13 @@ def trimmed(said: list[Message], prepared: Prepared, personalizer: Personalizer)
     stay, so what is then too long still is.
     """
     chat, plan = personalizer.load(), prepared.plan
+    guidance = personalizer.guidance(plan)
     room = min(plan.sampling.max_tokens, chat.capacity // 4)
     system = [message for message in said if message.role == "system"]
     turns = [message for message in said if message.role != "system"]
 
     def fits(start: int) -> bool:
-        request = build_request(plan, [*system, *turns[start:]], chat)
+        request = build_request(plan, [*system, *turns[start:]], chat, guidance)
         return max(len(view.context) for view in request.views) + room <= chat.capacity
 
     if fits(0):

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -45,6 +46,19 @@ BATCH_AT_ONCE = 128
 """Calls of a batch in flight at once, where its config sets no ``max_concurrency``: twice the rows that an engine
 decodes at once, and half of those that it lets wait.
 """
+
+
+_answering: ContextVar[tuple[str | None] | None] = ContextVar("prefmw_answering", default=None)
+
+
+@contextmanager
+def answering(user_id: str | None) -> Iterator[None]:
+    """Calls within it are for this user, or for nobody, whatever their keywords, configs and objects name."""
+    before = _answering.set((user_id,))
+    try:
+        yield
+    finally:
+        _answering.reset(before)
 
 
 class PromptTooLongError(ContextLengthError, ContextOverflowError):
@@ -263,17 +277,19 @@ class ChatPrefMW(BaseChatModel):
         return await in_thread(partial(self._call, messages, stop, self._with_user(None, kwargs)))
 
     def _with_user(self, config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords with the user in them, as far as one is known."""
-        user = kwargs.get("user_id")
-        if user is None:
-            user = (ensure_config(config).get("configurable") or {}).get("user_id")
+        """The keywords with the user in them, as far as one is known; one that is ``None`` in them is nobody."""
+        if (whose := _answering.get()) is not None:
+            return {**kwargs, "user_id": whose[0]}
+        if "user_id" in kwargs:
+            return kwargs
+        user = (ensure_config(config).get("configurable") or {}).get("user_id")
         return {**kwargs, "user_id": self.user_id if user is None else user}
 
     def _call(self, messages: Sequence[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> Call:
         """What a call comes to: its user, its plan and its options, read from the store once."""
         kwargs = dict(kwargs)
         user_id = kwargs.pop("user_id", None)
-        if user_id is None and self.on_missing_user == "raise":
+        if user_id is None and self.on_missing_user == "raise" and _answering.get() is None:
             raise UsageError(
                 "whose preferences? pass user_id='...' to the call, bind(user_id='...'), a config of "
                 "{'configurable': {'user_id': '...'}}, or ChatPrefMW(user_id='...'); "
@@ -297,23 +313,25 @@ class ChatPrefMW(BaseChatModel):
             raise UsageError("stop takes a list of strings")
         work = self._open(model)
         options = Options(**values, stop=tuple(stop or ()))
-        if tools and choice != "none":
+        if choice != "none" and (tools or chosen_tool(choice, ())):
             options = replace(options, **self._tools(work, tools, choice))
         said = conversation(messages)
         prepared = self._prepared(work, user_id, said, options)
         if self.on_overflow == "trim":
             said, prepared = trimmed(said, prepared, work.personalizer)
-        return Call.of(work, prepared, said, options)
+        return Call.of(work, prepared, said, options, trimmed=self.on_overflow == "trim")
 
     def _prepared(self, work: Opened, user_id: str | None, said: list[Message], options: Options) -> Prepared:
         try:
             return work.personalizer.prepare(user_id, said, options)
-        except UnknownUserError as error:
+        except UnknownUserError:
             if user_id is None or self.on_unknown_user == "raise":
                 raise
             if self.on_unknown_user == "base":
                 prepared = work.personalizer.prepare(None, said, options)
-                return prepared._replace(notices=(f"{error}; the reply follows nobody's preferences",))
+                return prepared._replace(
+                    notices=("the store does not know this user; the reply follows nobody's preferences",)
+                )
         work.personalizer.plan(Profile(user_id, persona="", revision=0), options)  # a call refused adds nobody
         work.profile(user_id, "create", "first call through LangChain")
         return work.personalizer.prepare(user_id, said, options)
@@ -410,4 +428,5 @@ def _begun(call: Call) -> ReplyStream:
     try:
         return call.opened.personalizer.begin(call.prepared, call.messages, call.options, log=call.opened.settings.log)
     except ContextLengthError as error:
-        raise PromptTooLongError(f"{error}, or let ChatPrefMW(on_overflow='trim') drop the oldest") from error
+        hint = "" if call.trimmed else ", or let ChatPrefMW(on_overflow='trim') drop the oldest"
+        raise PromptTooLongError(f"{error}{hint}") from error

@@ -19,7 +19,7 @@ from prefmw.adapters.awaiting import in_thread
 from prefmw.adapters.opening import Opened, opened
 from prefmw.bootstrap import load_dimensions
 from prefmw.errors import MissingExtraError, UnknownUserError, UsageError
-from prefmw.preferences import Dimensions, Profile, Source, Stated, Weight
+from prefmw.preferences import Dimensions, Profile, Source, Stated, Weight, check_user_id
 
 try:
     from langgraph.store.base import (
@@ -55,7 +55,7 @@ _COMPARE = {
 
 def namespace_of(user_id: str) -> tuple[str, ...]:
     """Where a person's preferences lie: ("preferences", "alice"); periods, which no label may hold, part labels."""
-    return (NAMESPACE, *user_id.split("."))
+    return (NAMESPACE, *check_user_id(user_id).split("."))
 
 
 class PreferenceView(BaseStore):
@@ -75,6 +75,11 @@ class PreferenceView(BaseStore):
         self._database = database
         self._rest = rest
         self._work: tuple[Opened, Dimensions] | None = None
+
+    @property
+    def supports_ttl(self) -> bool:  # type: ignore[override]
+        """Whether ``rest`` lets items expire; preferences do not."""
+        return self._rest is not None and self._rest.supports_ttl
 
     def batch(self, ops: Iterable[Op]) -> list[Result]:
         """Do these operations, in their order."""
@@ -190,6 +195,8 @@ class PreferenceView(BaseStore):
         return [prefix[: op.max_depth]][op.offset : op.offset + op.limit] if fits else []
 
     def _put(self, op: PutOp) -> None:
+        if op.ttl is not None:
+            raise UsageError("a preference does not expire; write it without ttl")
         work, dimensions = self._open()
         user_id = self._user(op.namespace)
         written: dict[str, Any] = {"actor": "langgraph", "reason": "written through LangGraph's store"}

@@ -11,14 +11,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, NotRequired
 
 from prefmw.adapters.awaiting import in_thread
-from prefmw.adapters.langchain import ChatPrefMW
+from prefmw.adapters.langchain import ChatPrefMW, answering
 from prefmw.adapters.opening import OnUnknownUser, Opened, opened
-from prefmw.errors import MissingExtraError, ThreadOwnerError, UsageError
+from prefmw.errors import MissingExtraError, PrefmwError, ThreadOwnerError, UsageError
 from prefmw.personalizer import Options
 from prefmw.preferences import check_user_id
 from prefmw.reply import Plan
@@ -40,6 +41,9 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
+from langchain_core.runnables import Runnable, RunnableWithFallbacks
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.configurable import DynamicRunnable, RunnableConfigurableAlternatives
 
 _HOW = "create_agent(..., context_schema=PreferenceContext), then invoke(..., context=PreferenceContext(user_id='...'))"
 
@@ -63,17 +67,22 @@ class PreferenceState(AgentState[Any]):
     prefmw_heard: NotRequired[Annotated[list[str], PrivateStateAttr]]
     """What was learned from the owner's words in this run, a line each."""
 
+    prefmw_refused: NotRequired[Annotated[tuple[str | None, str] | None, PrivateStateAttr]]
+    """Whose run is refused, as far as that is known, and why."""
+
 
 class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
     """Steers each model call of an agent by the stored preferences of the user whom the run is for.
 
-    A :class:`ChatPrefMW` is steered at every token. Any other chat model gets the preferences in words, behind its
-    system prompt. The user is named by ``runtime.context.user_id``, and a run that names none is refused.
+    A :class:`ChatPrefMW`, also one that is bound, retried or configurable, is steered at every token. Any other chat
+    model gets the preferences in words, behind its system prompt. The user is named by ``runtime.context.user_id``,
+    which wins over whatever else names one, and a run that names none is refused.
 
-    A thread belongs to the user who runs it first. Where another one runs it, what they said is taken out of the thread
-    again, no model is called, and the run raises :class:`~prefmw.errors.ThreadOwnerError`. What this cannot do is to
-    hide a thread's state from somebody who streams it or reads it from the checkpointer: who may name which thread is
-    the application's to decide.
+    A thread belongs to the user who runs it first. Where a run is refused, as another user's is, what it brought is
+    taken out of the thread again, no model is called, and it raises (:class:`~prefmw.errors.ThreadOwnerError`). What
+    this cannot do is to hide a thread's state from somebody who streams it or reads it from the checkpointer, or to
+    keep two runs apart that begin one thread at the same time: who may name which thread is the application's to
+    decide.
 
     Args:
         database: SQLAlchemy URL or SQLite file of the preferences; by default the one that the settings name.
@@ -101,14 +110,21 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
 
     @hook_config(can_jump_to=["end"])
     def before_agent(self, state: PreferenceState, runtime: Runtime[Any]) -> dict[str, Any] | None:
-        """Bind the thread to its owner and hear what they say; take out what somebody else says."""
-        user_id = user_of(runtime)
-        if state.get("prefmw_owner", user_id) != user_id:
-            seen = set(state.get("prefmw_seen", ()))
-            strange = [message.id for message in state["messages"] if message.id not in seen]
-            return {"messages": [RemoveMessage(id=one) for one in strange if one], "jump_to": "end"}
-        heard = self._hear(user_id, new_words(state["messages"], state.get("prefmw_seen", ()), user_id))
-        return {"prefmw_owner": user_id, "prefmw_seen": _ids(state["messages"]), "prefmw_heard": heard}
+        """Bind the thread to its owner and hear what they say; take out again what a run brings that is refused."""
+        seen = state.get("prefmw_seen", ())
+        try:
+            user_id = self._admitted(state, runtime)
+            heard = self._hear(user_id, new_words(state["messages"], seen, user_id))
+        except Exception as error:  # whatever it is, the thread's next user must not find what was said
+            strange = [RemoveMessage(id=one) for one in _ids(state["messages"]) if one not in seen]
+            refused = (_named(runtime), f"{type(error).__name__}: {error}")
+            return {"messages": strange, "prefmw_refused": refused, "jump_to": "end"}
+        return {
+            "prefmw_owner": user_id,
+            "prefmw_seen": _ids(state["messages"]),
+            "prefmw_heard": heard,
+            "prefmw_refused": None,
+        }
 
     @hook_config(can_jump_to=["end"])
     async def abefore_agent(self, state: PreferenceState, runtime: Runtime[Any]) -> dict[str, Any] | None:
@@ -116,13 +132,15 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
         return await in_thread(partial(self.before_agent, state, runtime))
 
     def after_agent(self, state: PreferenceState, runtime: Runtime[Any]) -> dict[str, Any] | None:
-        """Refuse the run if it is not the owner's; it has then done nothing, and its result is not given out."""
-        owned(state, runtime)
+        """Raise what refused the run; it has then done nothing, and its result is not given out."""
+        user_id, refused = self._admitted(state, runtime), state.get("prefmw_refused")
+        if refused and refused[0] == user_id:  # for what has passed since
+            raise PrefmwError(f"the run was refused, and its message is not part of the thread: {refused[1]}")
         return {"prefmw_seen": _ids(state["messages"])}
 
     async def aafter_agent(self, state: PreferenceState, runtime: Runtime[Any]) -> dict[str, Any] | None:
         """As :meth:`after_agent`."""
-        return self.after_agent(state, runtime)
+        return await in_thread(partial(self.after_agent, state, runtime))
 
     # Each call
 
@@ -130,15 +148,17 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any]:
         """Call the model, steered."""
-        steered, applied = self._steered(request)
-        return _told(handler(steered), applied)
+        steered, whose, applied = self._steered(request)
+        with whose:
+            return _told(handler(steered), applied)
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any]:
         """As :meth:`wrap_model_call`."""
-        steered, applied = await in_thread(partial(self._steered, request))
-        return _told(await handler(steered), applied)
+        steered, whose, applied = await in_thread(partial(self._steered, request))
+        with whose:
+            return _told(await handler(steered), applied)
 
     def wrap_tool_call(
         self, request: ToolCallRequest, handler: Callable[[ToolCallRequest], ToolMessage | Command[Any]]
@@ -154,42 +174,56 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
         owned(request.state, request.runtime)
         return await handler(request)
 
-    def _steered(self, request: ModelRequest[Any]) -> tuple[ModelRequest[Any], dict[str, Any]]:
-        """The request as the user's preferences change it, and what is told of that in the reply."""
+    def _steered(
+        self, request: ModelRequest[Any]
+    ) -> tuple[ModelRequest[Any], AbstractContextManager[None], dict[str, Any]]:
+        """The request as the user's preferences change it, what says whose it is while the model is called, and what is
+        told in the reply.
+        """
         user_id, work = owned(request.state, request.runtime), self._open()
         profile = work.profile(user_id, self._on_unknown_user, "first run of an agent")
         said: Any = request.state.get("prefmw_heard", ())
         heard = list(said)
-        if isinstance(request.model, ChatPrefMW):
-            if request.model.store is not work.store:
+        models = models_within(request.model)
+        if ours := [model for model in models if isinstance(model, ChatPrefMW)]:
+            if len(ours) < len(models):
+                raise UsageError(
+                    "the agent's model is ChatPrefMW in some cases and another in others; fall back by "
+                    "ModelFallbackMiddleware, in front of PreferenceMiddleware"
+                )
+            if any(model.store is not work.store for model in ours):
                 raise UsageError(
                     "the agent's ChatPrefMW and its PreferenceMiddleware name two databases; give both the same"
                 )
-            if profile is None:
-                nobody = request.model.model_copy(update={"user_id": None, "on_missing_user": "base"})
-                return request.override(model=nobody), {"heard": heard}
-            return request.override(model_settings={**request.model_settings, "user_id": user_id}), {"heard": heard}
+            return request, answering(user_id if profile else None), {"heard": heard}
+        whose = nullcontext()
         if profile is None:
-            return request, {"user": None, "method": "none", "heard": heard}
+            return request, whose, {"user": None, "method": "none", "heard": heard}
         plan = work.personalizer.plan(profile, Options())
         words = "" if plan.method == "none" else work.personalizer.principle(profile)
         if words:
             request = request.override(system_message=with_principle(request.system_message, words))
-        return request, {"user": user_id, **_applied(plan, words), "heard": heard}
+        return request, whose, {"user": user_id, **_applied(plan, words), "heard": heard}
 
-    def _hear(self, user_id: str, words: Sequence[str]) -> list[str]:
+    def _admitted(self, state: PreferenceState, runtime: Runtime[Any]) -> str:
+        """Whom a run is for, if it may go on.
+
+        Raises:
+            UsageError, ThreadOwnerError: as of :func:`owned`.
+            UnknownUserError: the store does not know the user, and that is to be an error.
+            StoreError: the database failed.
+        """
+        user_id = owned(state, runtime)
+        self._open().profile(user_id, self._on_unknown_user, "first run of an agent")
+        return user_id
+
+    def _hear(self, user_id: str, words: str | None) -> list[str]:
         """What is learned from the owner's new words, a line each."""
         work = self._open()
         if not (work.settings.learn or work.settings.infer):
             return []
         profile = work.profile(user_id, self._on_unknown_user, "first run of an agent")
-        heard: list[str] = []
-        asked: list[str | None] = [*words] or [None]
-        for said in asked:
-            if profile is not None:
-                profile, notices = work.personalizer.reread(profile, said)
-                heard += notices
-        return heard
+        return [] if profile is None else work.personalizer.reread(profile, words)[1]
 
     def _open(self) -> Opened:
         if self._work is None:
@@ -203,11 +237,15 @@ def user_of(runtime: Any) -> str:
     Raises:
         UsageError: its context names nobody.
     """
-    context = getattr(runtime, "context", None)
-    user_id = context.get("user_id") if isinstance(context, Mapping) else getattr(context, "user_id", None)
+    user_id = _named(runtime)
     if user_id is None:
         raise UsageError(f"PreferenceMiddleware needs to know whom the run is for: {_HOW}")
     return check_user_id(user_id)
+
+
+def _named(runtime: Any) -> Any:
+    context = getattr(runtime, "context", None)
+    return context.get("user_id") if isinstance(context, Mapping) else getattr(context, "user_id", None)
 
 
 def owned(state: Mapping[str, Any], runtime: Any) -> str:
@@ -223,17 +261,31 @@ def owned(state: Mapping[str, Any], runtime: Any) -> str:
     return user_id
 
 
-def new_words(messages: Sequence[AnyMessage], seen: Sequence[str], user_id: str) -> list[str]:
-    """What the user says in the messages that a run begins with: those behind the last answer that were not there
-    before, and no message that bears another name (as those of other agents do).
+def models_within(model: Any) -> list[Any]:
+    """The chat models that are called where ``model`` is, which may be one that is bound, retried, configurable or
+    fallen back from.
     """
-    words: list[str] = []
-    for message in reversed(messages):
-        if not isinstance(message, HumanMessage) or message.id in seen:
-            break
-        if message.name in (None, user_id) and "lc_source" not in message.additional_kwargs:
-            words.insert(0, message.text)
-    return words
+    inner: list[Any] = []
+    match model:
+        case RunnableBindingBase():
+            inner = [model.bound]
+        case RunnableWithFallbacks():
+            inner = [model.runnable, *model.fallbacks]
+        case RunnableConfigurableAlternatives():
+            inner = [model.default, *(one for one in model.alternatives.values() if isinstance(one, Runnable))]
+        case DynamicRunnable():
+            inner = [model.default]
+    return [one for part in inner for one in models_within(part)] or [model]
+
+
+def new_words(messages: Sequence[AnyMessage], seen: Sequence[str], user_id: str) -> str | None:
+    """What the user says in the message that a run begins with: the last one, if it is new and bears no other name (as
+    those of other agents do). New ones before it may be what a run brought that was broken off, maybe another user's.
+    """
+    match list(messages[-1:]):
+        case [HumanMessage() as last] if last.id not in seen and last.name in (None, user_id):
+            return None if "lc_source" in last.additional_kwargs else last.text
+    return None
 
 
 def with_principle(system: SystemMessage | None, principle: str) -> SystemMessage:

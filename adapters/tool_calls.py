@@ -50,6 +50,8 @@ def chosen_tool(choice: Any, names: Sequence[str]) -> str | bool:
         choice = choice.get("function", {}).get("name", choice.get("name"))
     if choice in (None, False, "auto", "none", ""):
         return False
+    if not names:
+        raise UsageError("tool_choice needs tools to choose from; pass tools, or bind them with bind_tools")
     if choice in (True, "any", "required"):
         return names[0] if len(names) == 1 else True
     if choice not in names:

@@ -337,10 +337,11 @@ class Personalizer:
         """
         options, plan = options or Options(), prepared.plan
         backend, notices = self._backend(), list(prepared.notices)
-        chat, guidance, scale = backend.chat, None, None
+        chat, scale = backend.chat, None
+        guidance: Guidance | None = None
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
-        if prepared.user_id is not None and (label := self.persrm(plan)) is not None:
-            guidance, plan = backend.guidance(), replace(plan, persrm=label)
+        if prepared.user_id is not None and (guidance := self.guidance(plan)) is not None:
+            plan = replace(plan, persrm=guidance.label)
             scale = self._scale(prepared.user_id, plan.principle, guidance, keep=log)
         request = build_request(plan, messages, chat, guidance, scale)
         request = replace(within_context(request, chat), owner=prepared.user_id)
@@ -373,9 +374,9 @@ class Personalizer:
         """The person's preferences in words, for a model that can only read them."""
         return principle_text(profile, self._dimensions)
 
-    def persrm(self, plan: Plan) -> str | None:
-        """The checkpoint that guides a plan's reply, as name and revision; ``None`` where none does. Loads models."""
-        return self._backend().guidance().label if plan.method == "pad" and plan.principle else None
+    def guidance(self, plan: Plan) -> Guidance | None:
+        """The PersRM that guides a plan's reply; ``None`` where none does. Loads models."""
+        return self._backend().guidance() if plan.method == "pad" and plan.principle else None
 
     def reply(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -33,6 +34,7 @@ class Generation:
         self._events: queue.SimpleQueue[int | FinishReason | PrefmwError] = queue.SimpleQueue()
         self._cancelled = threading.Event()
         self._read = threading.Lock()  # by one at a time
+        self._process = os.getpid()
 
     def cancel(self) -> None:
         """Ask the engine to stop; the iteration ends at the next token. Safe from any thread, more than once."""
@@ -59,6 +61,8 @@ class Generation:
 
     def _next(self) -> int | None:
         """The next token; ``None`` where the reply has ended."""
+        if os.getpid() != self._process:
+            raise EngineError("this reply is made in the process that this one was forked from; ask for one of its own")
         if not self._read.acquire(blocking=False):
             raise UsageError(
                 "this reply is being read by another thread; read it in one place, and hand its tokens on from there"

@@ -75,10 +75,13 @@ class Sampling:
             raise UsageError(f"temperature is 0 (greedy) or lies in [0.01, 100], got {temperature:g}")
         if not 1e-6 <= top_p <= 1:
             raise UsageError(f"top-p lies in [0.000001, 1], got {top_p:g}")
+        kept: dict[str, int | float] = {"temperature": temperature, "top_p": top_p}
         if self.top_k is not None:
-            whole("top-k", self.top_k, least=1, hint="; leave it out for no bound")
-        whole("max-tokens", self.max_tokens, least=1)
-        whole("seed", self.seed)
+            kept["top_k"] = whole("top-k", self.top_k, least=1, hint="; leave it out for no bound")
+        kept["max_tokens"] = whole("max-tokens", self.max_tokens, least=1)
+        kept["seed"] = whole("seed", self.seed)
+        for name, value in kept.items():  # Python's own, whatever library they came from
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)

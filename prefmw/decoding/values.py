@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +25,9 @@ def whole(name: str, value: object, *, least: int = 0, hint: str = "") -> int:
     Raises:
         UsageError: it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise UsageError(f"{name} is a whole number, got {type(value).__name__}")
+    value = int(value)
     if not least <= value <= MOST:
         got = value if abs(value) <= MOST else f"one of {value.bit_length()} bits"
         bound = f"at least {least}" if value < least else f"at most {MOST}"
@@ -32,18 +35,18 @@ def whole(name: str, value: object, *, least: int = 0, hint: str = "") -> int:
     return value
 
 
-def number(name: str, value: object) -> float:
+def number(name: str, value: Any) -> float:
     """``value`` as a float, an infinite one where it is too large for that.
 
     Raises:
         UsageError: it is no number.
     """
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise UsageError(f"{name} is a number, got {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]  # an int, then
 
 
 def token_ids(what: str, ids: object) -> list[int]:

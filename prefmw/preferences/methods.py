@@ -6,6 +6,8 @@ It needs no torch, so that preferences are edited without it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from prefmw.errors import UsageError, nearest
 
@@ -69,7 +71,7 @@ def check_method(method: str) -> str:
     return method
 
 
-def check_strength(method: str, strength: float | None) -> float | None:
+def check_strength(method: str, strength: Any) -> float | None:
     """The strength a method runs at: ``strength`` if given, else the method's default, ``None`` if it takes none.
 
     Raises:
@@ -87,9 +89,9 @@ def check_strength(method: str, strength: float | None) -> float | None:
         return None
     if strength is None:
         return dial.default
-    if not isinstance(strength, int | float):
+    if not isinstance(strength, Real):
         raise UsageError(f"a strength is a number, got {type(strength).__name__}")
-    if not dial.low <= strength <= dial.high:  # NaN is in no range
+    if not dial.low <= strength <= dial.high:  # type: ignore[operator]  # NaN is in no range
         span = f"[{dial.low:g}, {dial.high:g}]"
         raise UsageError(f"the strength of '{method}' ({dial.symbol}) lies in {span}, got {str(strength)[:20]}")
     return float(strength)

@@ -193,6 +193,19 @@ def test_a_profile_that_changes_while_the_reply_is_made_is_not_kept_under_its_ne
     assert applied(chat.invoke(QUESTION, user_id="alice")) == ("alice", 2)
 
 
+def test_nobody_s_reply_tells_of_no_user_who_had_it_before(chat, people):
+    chat = chat.model_copy(update={"on_missing_user": "base", "on_unknown_user": "base"})
+
+    def notices(**whose):
+        return chat.invoke(QUESTION, **whose).response_metadata["prefmw"]["notices"]
+
+    for _ in range(2):
+        (unknown,) = notices(user_id="patient-jane-doe")
+        assert "jane" not in unknown
+        assert notices(user_id="mallory") == [unknown]
+        assert notices() == []
+
+
 def test_a_cache_of_its_own_and_none_at_all(kept, chat, people, cache):
     own = InMemoryCache()
     chat.model_copy(update={"cache": own}).invoke(QUESTION, user_id="alice")

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import (
@@ -23,7 +24,7 @@ from langchain_core.prompts import ChatPromptTemplate
 
 from prefmw.adapters.langchain import ChatPrefMW
 from prefmw.errors import ContextLengthError, UsageError
-from prefmw.personalizer import Personalizer
+from prefmw.guidance import Guidance
 from prefmw.preferences import Source, Stated
 from tests.adapters.conftest import QUESTION
 
@@ -160,8 +161,24 @@ def test_a_conversation_that_fits_loses_nothing(chat):
 def test_a_question_that_does_not_fit_by_itself_is_an_error_all_the_same(chat):
     trimming = chat.model_copy(update={"on_overflow": "trim"})
     for talk in ([HumanMessage("word " * 600)], [*long_talk(3), AIMessage("Yes?"), HumanMessage("word " * 600)]):
-        with pytest.raises(ContextOverflowError):
+        with pytest.raises(ContextOverflowError) as caught:
             trimming.invoke(talk, user_id="alice")
+        assert "on_overflow" not in str(caught.value)
+
+
+def test_a_reply_that_a_persrm_guides_is_trimmed_like_any_other(people):
+    tiny = ChatPrefMW(model="tiny", on_overflow="trim", max_tokens=8, seed=1)
+    assert tiny.invoke(QUESTION, user_id="alice").response_metadata["prefmw"]["method"] == "pad"
+    reply = tiny.invoke(long_talk(100), user_id="alice")
+    assert reply.response_metadata["prefmw"]["notices"][0].startswith("the oldest")
+
+
+def test_numbers_may_be_numpy_s(chat):
+    asked = {"temperature": np.float32(0.5), "top_p": np.float64(0.5), "strength": np.float16(1), "seed": np.int64(3)}
+    plain = {"temperature": 0.5, "top_p": 0.5, "strength": 1.0, "seed": 3}
+    replies = [chat.invoke(QUESTION, user_id="alice", **numbers) for numbers in (asked, plain)]
+    assert replies[0].content == replies[1].content
+    assert replies[0].response_metadata["prefmw"]["turn"] is not None
 
 
 def test_a_stream_left_open_when_the_program_ends_is_recorded(toy, people):
@@ -184,7 +201,7 @@ def test_pad_steers_by_a_persrm_and_is_cached_under_its_name_and_revision(people
     assert chat.invoke(QUESTION).response_metadata["prefmw"]["method"] == "pad"
     keys = {str(chat._call([HumanMessage(QUESTION)], None, {"user_id": "bob"})) for _ in range(2)}
     assert len(keys) == 1
-    monkeypatch.setattr(Personalizer, "persrm", lambda self, plan: "another")
+    monkeypatch.setattr(Guidance, "label", "another")
     assert str(chat._call([HumanMessage(QUESTION)], None, {"user_id": "bob"})) not in keys
 
 

@@ -140,6 +140,24 @@ def test_what_is_no_preference_is_refused(view, people, key, value, message):
     assert people.profile("alice").revision == revision
 
 
+def test_preferences_do_not_expire_and_what_else_there_is_may(view, people):
+    class Expiring(InMemoryStore):
+        supports_ttl = True
+
+    both = PreferenceView(rest=Expiring())
+    both.put(("notes",), "1", {"text": "x"}, ttl=5)
+    assert both.get(("notes",), "1").value == {"text": "x"}
+    with pytest.raises(UsageError, match="does not expire"):
+        both.put(OF_ALICE, "humor", {"value": 0.25}, ttl=5)
+    with pytest.raises(NotImplementedError):
+        view.put(OF_ALICE, "humor", {"value": 0.25}, ttl=5)
+
+
+def test_what_is_no_user_id_has_no_namespace():
+    with pytest.raises(UsageError, match="user id"):
+        namespace_of(None)
+
+
 def test_an_unknown_comparison_is_refused(view):
     with pytest.raises(UsageError, match=r"\$eq"):
         view.search(OF_ALICE, filter={"value": {"$like": 1}})

@@ -23,13 +23,14 @@ from langchain_core.globals import set_llm_cache
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.runnables import ConfigurableField
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 from pydantic import Field, PrivateAttr
 
 from prefmw import bootstrap
 from prefmw.adapters.middleware import PreferenceContext, PreferenceMiddleware, new_words, with_principle
-from prefmw.errors import ThreadOwnerError, UnknownUserError, UsageError
+from prefmw.errors import PrefmwError, StoreError, ThreadOwnerError, UnknownUserError, UsageError
 from prefmw.preferences import Source, Stated, default_dimensions
 from prefmw.preferences.inference import Inferer
 from tests.adapters.conftest import QUESTION
@@ -137,6 +138,52 @@ async def test_prefmw_s_own_model_is_steered_at_every_token(chat, people, run):
     applied = said.response_metadata["prefmw"]
     assert (applied["user"], applied["method"], applied["strength"]) == ("alice", "linear", 2.0)
     assert (await run(agent(chat), QUESTION, BOB))["messages"][-1].content != said.content
+
+
+def dressed(chat, how: str):
+    """The chat model as applications wrap it, each naming Bob where it can."""
+    match how:
+        case "bound":
+            return chat.bind(temperature=0.5)
+        case "bound to Bob":
+            return chat.bind(user_id="bob")
+        case "Bob's config":
+            return chat.with_config(configurable={"user_id": "bob"})
+        case "Bob's own, bound":
+            return chat.model_copy(update={"user_id": "bob"}).bind(temperature=0.5)
+        case "retried":
+            return chat.with_retry()
+        case "fallen back from":
+            return chat.with_fallbacks([chat.bind(temperature=0)])
+        case "configurable":
+            return chat.configurable_fields(user_id=ConfigurableField(id="user_id"))
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize("client", [{}, {"user_id": "bob"}])
+@pytest.mark.parametrize(
+    "how",
+    ["bound", "bound to Bob", "Bob's config", "Bob's own, bound", "retried", "fallen back from", "configurable"],
+)
+async def test_the_context_s_user_wins_however_prefmw_s_own_model_is_wrapped(chat, people, run, how, client):
+    config = {"configurable": {"thread_id": "1", **client}}
+    said = (await run(agent(dressed(chat, how)), QUESTION, ALICE, config))["messages"][-1]
+    assert said.response_metadata["prefmw"]["user"] == "alice"
+    assert said.response_metadata["prefmw"]["method"] == "linear"
+    assert (len(list(people.conversations("alice"))), list(people.conversations("bob"))) == (1, [])
+
+
+async def test_a_model_that_is_prefmw_s_own_in_some_cases_only_is_refused(chat, people, run):
+    with pytest.raises(UsageError, match="ModelFallbackMiddleware"):
+        await run(agent(Reader().with_fallbacks([chat])), QUESTION, ALICE)
+
+
+async def test_an_unknown_user_answered_as_nobody_is_not_the_config_s(chat, people, run):
+    config = {"configurable": {"thread_id": "1", "user_id": "bob"}}
+    carol = PreferenceContext("carol")
+    said = (await run(agent(chat, on_unknown_user="base"), QUESTION, carol, config))["messages"][-1]
+    assert said.response_metadata["prefmw"]["user"] is None
+    assert list(people.conversations("bob")) == []
 
 
 @pytest.mark.parametrize(
@@ -339,6 +386,44 @@ async def test_the_owner_can_neither_be_given_nor_read(people, run):
         await run(graph, {"messages": [HumanMessage("Hello.")], "prefmw_owner": "bob"}, BOB, THREAD)
 
 
+@pytest.mark.parametrize("refused", [None, PreferenceContext("alice "), PreferenceContext("zoe")])
+async def test_what_a_refused_run_brings_does_not_stay_in_the_thread(people, run, listening, refused):
+    model, saver = Reader(), InMemorySaver()
+    graph = agent(model, saver=saver, learn=True, on_unknown_user="raise")
+    for _ in range(2):  # a thread that is nobody's yet, and one that is Bob's
+        with pytest.raises((UsageError, UnknownUserError)):
+            await run(graph, "Jokes, please! My secret is 42.", refused, THREAD)
+        found = await run(graph, "Hello.", BOB, THREAD)
+        assert "secret" not in str([found["messages"], model.given])
+    assert people.profile("bob").weights == {}
+
+
+async def test_a_run_refused_for_a_database_that_fails_leaves_nothing(people, run, monkeypatch):
+    graph = agent(Reader(), saver=InMemorySaver())
+    await run(graph, "Hello.", ALICE, THREAD)
+    tries = iter([StoreError("the disk is full")])
+
+    def fail(*args):
+        if error := next(tries, None):
+            raise error
+        return "alice"
+
+    monkeypatch.setattr(PreferenceMiddleware, "_admitted", fail)
+    with pytest.raises(PrefmwError, match="refused.*the disk is full"):
+        await run(graph, "My secret is 42.", ALICE, THREAD)
+    found = await run(graph, "And now?", ALICE, THREAD)
+    assert [message.content for message in found["messages"]] == ["Hello.", "Very well.", "And now?", "Very well."]
+
+
+def test_what_another_user_s_broken_off_run_brought_is_not_heard_as_the_owner_s(people, listening):
+    graph = agent(Reader(), saver=InMemorySaver(), learn=True)
+    graph.invoke({"messages": [("user", "Hello.")]}, THREAD, context=ALICE)
+    for _ in graph.stream({"messages": [("user", "Jokes, please!")]}, THREAD, context=BOB, stream_mode="values"):
+        break
+    graph.invoke({"messages": [("user", "Thank you.")]}, THREAD, context=ALICE)
+    assert people.profile("alice").weights == {}
+
+
 # Learning
 
 
@@ -393,17 +478,20 @@ async def test_prefmw_s_own_model_learns_through_the_middleware(chat, people, ru
 @pytest.mark.parametrize(
     ("messages", "seen", "words"),
     [
-        ([HumanMessage("a", id="1")], [], ["a"]),
-        ([HumanMessage("a", id="1"), HumanMessage("b", id="2")], ["1"], ["b"]),
-        ([HumanMessage("a", id="1"), AIMessage("x", id="2"), HumanMessage("b", id="3")], [], ["b"]),
-        ([HumanMessage("a", id="1"), AIMessage("x", id="2")], [], []),
-        ([HumanMessage("a", id="1", name="researcher"), HumanMessage("b", id="2", name="alice")], [], ["b"]),
-        ([HumanMessage("a", id="1", additional_kwargs={"lc_source": "summarization"})], [], []),
-        ([HumanMessage([{"type": "text", "text": "a"}, {"type": "image", "url": "x"}], id="1")], [], ["a"]),
-        ([], [], []),
+        ([HumanMessage("a", id="1")], [], "a"),
+        ([HumanMessage("a", id="1")], ["1"], None),
+        ([HumanMessage("a", id="1"), HumanMessage("b", id="2")], ["1"], "b"),
+        ([HumanMessage("a", id="1"), HumanMessage("b", id="2")], [], "b"),
+        ([HumanMessage("a", id="1"), AIMessage("x", id="2"), HumanMessage("b", id="3")], [], "b"),
+        ([HumanMessage("a", id="1"), AIMessage("x", id="2")], [], None),
+        ([HumanMessage("a", id="1", name="researcher"), HumanMessage("b", id="2", name="alice")], [], "b"),
+        ([HumanMessage("b", id="2", name="alice"), HumanMessage("a", id="1", name="researcher")], [], None),
+        ([HumanMessage("a", id="1", additional_kwargs={"lc_source": "summarization"})], [], None),
+        ([HumanMessage([{"type": "text", "text": "a"}, {"type": "image", "url": "x"}], id="1")], [], "a"),
+        ([], [], None),
     ],
 )
-def test_new_words_are_the_user_s_own_behind_the_last_answer(messages, seen, words):
+def test_new_words_are_the_user_s_own_in_the_message_that_a_run_begins_with(messages, seen, words):
     assert new_words(messages, seen, "alice") == words
 
 

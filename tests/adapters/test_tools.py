@@ -197,6 +197,12 @@ def test_the_choice_of_none_offers_none(model, family):
     assert (reply.tool_calls, reply.content) == ([], WRITTEN[family])
 
 
+def test_a_choice_of_tools_where_there_are_none_is_refused(model):
+    chat, _ = model("It is sunny.")
+    with pytest.raises(UsageError, match="needs tools"):
+        chat.invoke(QUESTION, tool_choice="any")
+
+
 def test_without_tools_a_reply_is_text_whatever_it_looks_like(model, family):
     chat, _ = model(WRITTEN[family])
     assert chat.invoke(QUESTION).content == WRITTEN[family]

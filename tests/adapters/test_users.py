@@ -93,6 +93,16 @@ async def test_nobody_may_be_answered_without_preferences(chat, people, entry):
     assert (applied["user"], applied["method"], applied["weights"], applied["turn"]) == (None, "none", {}, None)
 
 
+@pytest.mark.parametrize("entry", WITH_KEYWORDS)
+async def test_a_keyword_of_none_is_nobody_whoever_the_config_names(chat, entry):
+    chat = chat.model_copy(update={"user_id": "alice"})
+    with pytest.raises(UsageError, match="whose preferences"):
+        await WITH_KEYWORDS[entry](chat, QUESTION, None, {"user_id": None})
+    if entry in ON_A_MODEL:
+        open_to_all = chat.model_copy(update={"on_missing_user": "base"})
+        assert user_of(await ON_A_MODEL[entry](open_to_all, QUESTION, BOB, {"user_id": None})) is None
+
+
 @pytest.mark.parametrize("user", ["", " ", "a\nb", "x" * 129, 3, ["alice"]])
 def test_what_is_no_user_id_is_refused_though_the_object_has_one(chat, user):
     chat = chat.model_copy(update={"user_id": "alice"})
@@ -127,7 +137,7 @@ def test_an_unknown_user_may_be_answered_as_nobody(chat, people):
     reply = chat.model_copy(update={"on_unknown_user": "base"}).invoke(QUESTION, user_id="carol")
     applied = reply.response_metadata["prefmw"]
     assert (applied["user"], applied["method"]) == (None, "none")
-    assert "carol" in applied["notices"][0]
+    assert "does not know this user" in applied["notices"][0]
     assert [profile.user_id for profile in people.users()] == ["alice", "bob"]
 
 
