@@ -300,10 +300,16 @@ def choices(
         print_json({"rows": rows, "settings": {"seed": seed, "versions": _versions()}})
         return
     cells = [
-        [row["learner"], f"{row['wrong']:g}", _number(row["cosine"], 3), "{:.3f}-{:.3f}".format(*row["ci95"])]
+        [
+            row["learner"],
+            f"{row['wrong']:g}",
+            _number(row["cosine"], 3),
+            "{:.3f}-{:.3f}".format(*row["ci95"]),
+            f"{row['enough']} of {count}" if row["enough"] else "",
+        ]
         for row in rows
     ]
-    print_table(["learner", "wrong", "cosine", "95%"], cells)
+    print_table(["learner", "wrong", "cosine", "95%", "enough for random pairs'"], cells)
 
 
 def _check_split(split: str) -> None:

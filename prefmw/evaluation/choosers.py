@@ -4,11 +4,13 @@ Their weights are known, uniform on the sphere of six dimensions; replies' score
 takes the better reply, but with probability ``wrong`` the other. What is learned is judged by its cosine to the truth,
 from random pairs: by :func:`bradley_terry`, by Drift's closed form, and by a Bayes reference that knows how people and
 replies are drawn and how often a choice is wrong, so that nothing does better; and by :func:`bradley_terry` from pairs
-chosen out of ``pool`` random ones for what they teach.
+chosen out of ``pool`` random ones for what they teach. Of these it is told as well how many suffice to know
+as much as random pairs tell.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,22 +25,26 @@ SAMPLES = 100_000
 
 
 def chooser_rows(people: int, choices: int, wrong: float, seed: int, pool: int = 100) -> list[dict[str, Any]]:
-    """Mean cosine to the truth with a 95% interval over people, a row for each way of learning."""
+    """Mean cosine to the truth with a 95% interval over people, a row for each way of learning; that of chosen pairs
+    has ``enough``, the fewest of them whose mean cosine is that of ``choices`` random ones.
+    """
     rng = np.random.default_rng(seed)
     (another,) = rng.spawn(1)  # so that random pairs are the same whatever is chosen
     directions = _on_sphere(rng, SAMPLES)
     cosines: dict[str, list[float]] = {"bradley-terry": [], "closed form": [], "bayes": [], "chosen pairs": []}
+    on_the_way = np.zeros(choices)  # the chosen pairs' cosines after each choice, summed over people
     for hidden in _on_sphere(rng, people):
         differences = rng.normal(size=(choices, DIMENSIONS))
         slips = np.where(rng.random(choices) < wrong, -1, 1)
         chosen = differences * (np.sign(differences @ hidden) * slips)[:, None]
-        for name, found in (
-            ("bradley-terry", bradley_terry(chosen).weights),
-            ("closed form", closed_form(chosen)),
-            ("bayes", _posterior_mean(chosen, directions, wrong)),
-            ("chosen pairs", _from_chosen_pairs(hidden, slips, pool, another)),
-        ):
-            cosines[name].append(float(found @ hidden / (np.linalg.norm(found) + 1e-12)))
+        course = [_cosine(found, hidden) for found in _from_chosen_pairs(hidden, slips, pool, another)]
+        on_the_way += course
+        cosines["bradley-terry"].append(_cosine(bradley_terry(chosen).weights, hidden))
+        cosines["closed form"].append(_cosine(closed_form(chosen), hidden))
+        cosines["bayes"].append(_cosine(_posterior_mean(chosen, directions, wrong), hidden))
+        cosines["chosen pairs"].append(course[-1])
+    reached = (on_the_way / people >= np.mean(cosines["bradley-terry"])).nonzero()[0]
+    enough = {"chosen pairs": int(reached[0]) + 1 if len(reached) else None}
     return [
         {
             "learner": name,
@@ -47,6 +53,7 @@ def chooser_rows(people: int, choices: int, wrong: float, seed: int, pool: int =
             "wrong": wrong,
             "cosine": float(np.mean(values)),
             "ci95": cluster_interval(values, range(people), seed=seed),
+            "enough": enough.get(name),
         }
         for name, values in cosines.items()
     ]
@@ -54,14 +61,20 @@ def chooser_rows(people: int, choices: int, wrong: float, seed: int, pool: int =
 
 def _from_chosen_pairs(
     hidden: NDArray[np.float64], slips: NDArray[np.int64], pool: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """Weights learned from as many choices as ``slips``, each between the most instructive of ``pool`` pairs."""
+) -> Iterator[NDArray[np.float64]]:
+    """Weights learned after each of as many choices as ``slips``, between the most instructive of ``pool`` pairs."""
     asked = np.zeros((1, DIMENSIONS))  # a comparison of two equal replies says nothing
+    known = bradley_terry(asked)
     for slip in slips:
         candidates = rng.normal(size=(pool, DIMENSIONS))
-        pair = candidates[information(candidates, bradley_terry(asked)).argmax()]
+        pair = candidates[information(candidates, known).argmax()]
         asked = np.vstack([asked, pair * np.sign(pair @ hidden) * slip])
-    return bradley_terry(asked).weights
+        known = bradley_terry(asked)
+        yield known.weights
+
+
+def _cosine(found: NDArray[np.float64], hidden: NDArray[np.float64]) -> float:
+    return float(found @ hidden / (np.linalg.norm(found) + 1e-12))
 
 
 def _posterior_mean(chosen: NDArray[np.float64], directions: NDArray[np.float64], wrong: float) -> NDArray[np.float64]:
