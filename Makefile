@@ -22,13 +22,14 @@ check: $(READY) ## Everything a change must pass: format, lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-tiny: $(READY) ## Remake the embedded chat model and its PersRM, resuming runs that were killed
+tiny: $(READY) ## Remake the embedded chat model, its PersRM and its calibration, resuming runs that were killed
 	$(BIN)/prefmw train sft --recipe tiny --out build/tiny
 	mkdir -p prefmw/assets/tiny
 	cp build/tiny/model/* prefmw/assets/tiny/
 	$(BIN)/prefmw train persrm --recipe tiny --out build/tiny-persrm
 	mkdir -p prefmw/assets/tiny-persrm
 	cp build/tiny-persrm/persrm/* prefmw/assets/tiny-persrm/
+	$(BIN)/prefmw prefs calibrate -m tiny --n 48 --out prefmw/assets/calibrations/tiny.json
 
 readout: $(READY) ## Refit the read-out of preferences, resuming a fit that was killed
 	mkdir -p build prefmw/assets/readouts

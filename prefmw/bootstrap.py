@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmw.embedded import find_embedded, find_persrm, shipped_readout
+from prefmw.embedded import find_embedded, find_persrm, shipped_calibration, shipped_readout
 from prefmw.errors import UsageError
 from prefmw.preferences import Dimensions, PreferenceStore, default_dimensions, parse_dimensions
 from prefmw.settings import Settings, expanded
@@ -131,16 +131,18 @@ def load_inferer(settings: Settings, dimensions: Dimensions) -> Inferer:
 
 
 def load_calibration(settings: Settings) -> Calibration | None:
-    """What ``prefmw prefs calibrate`` found for the settings' chat model; ``None`` where nobody calibrated it."""
+    """What ``prefmw prefs calibrate`` found for the settings' chat model, or what ships for it; ``None`` where nobody
+    calibrated it.
+    """
     from prefmw.preferences.calibration import Calibration
 
-    file = calibration_file(settings)
-    try:
-        return Calibration.from_json(file.read_text(encoding="utf-8"))
-    except UsageError as error:
-        _log.warning("%s is left aside: %s; remake it with 'prefmw prefs calibrate'", file, error)
-    except (OSError, ValueError):  # not there, or no text
-        pass
+    for file in filter(None, (calibration_file(settings), shipped_calibration(settings.model))):
+        try:
+            return Calibration.from_json(file.read_text(encoding="utf-8"))
+        except UsageError as error:
+            _log.warning("%s is left aside: %s; remake it with 'prefmw prefs calibrate'", file, error)
+        except (OSError, ValueError):  # not there, or no text
+            pass
     return None
 
 

@@ -1,4 +1,4 @@
-"""What ships inside the package, chat models, PersRMs and read-outs of preferences, and where it lies."""
+"""What ships inside the package: chat models, their PersRMs and calibrations, read-outs of preferences; and where."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def find_embedded(model: str) -> Path | None:
             "such as Qwen/Qwen2.5-0.5B-Instruct"
         )
     return path
+
+
+def shipped_calibration(model: str) -> Path | None:
+    """The calibration of an embedded model; ``None`` for any other."""
+    path = embedded_path("calibrations") / f"{model}.json"
+    return path if model in EMBEDDED and path.is_file() else None
 
 
 def shipped_readout(embedder: str) -> Path | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from prefmw.alignment.drift import dials_and_rule
@@ -49,13 +50,13 @@ def combine_drift(views: Sequence[Tensor], parameters: Tensor) -> Combined:
     """Dials over the views (base, pole 1 .. pole K); parameters are the gain of all, the K weights' sizes, and their
     poles' own gains.
 
-    The rule is the base moved by every weight at its own size, the unit ball undone: what several large weights ask for
-    would fall out of the nucleus of the step that they share. Gains do not widen it.
+    The rule is the base moved by every weight as far as its gains take it, but not beyond its pole's reading, the unit
+    ball undone: what several large weights ask for would fall out of the nucleus of the step that they share.
     """
     base, *poles = _views(views, 1 + (parameters.shape[1] - 1) // 2)
     gain, weights, gains = parameters[:, :1], parameters[:, 1 : 1 + len(poles)], parameters[:, 1 + len(poles) :]
-    moved, rule = dials_and_rule(base, poles, weights, gains)
-    return Combined(base + gain * moved, base + rule)
+    moved, trusted = dials_and_rule(base, poles, weights, gains, gain)
+    return Combined(torch.addcmul(base, gain, moved), base + trusted)
 
 
 def combine_pad(views: Sequence[Tensor], parameters: Tensor) -> Combined:

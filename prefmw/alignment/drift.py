@@ -48,11 +48,15 @@ def dials(base: Tensor, poles: Sequence[Tensor], weights: Tensor, gains: Tensor 
     return _moved(z0, directions, _shares(weights, gains, (len(z0), len(directions))))
 
 
-def dials_and_rule(base: Tensor, poles: Sequence[Tensor], weights: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`dials`, and the same without gains and without the bound: sum_k |w_k| (z_k - z0)."""
+def dials_and_rule(
+    base: Tensor, poles: Sequence[Tensor], weights: Tensor, gains: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`dials`, and how far the trusted distribution moves: sum_k min(1, gain g_k |w_k|) (z_k - z0), every weight
+    as far as its gains take it, but none beyond its pole's reading. ``gain``, (B, 1), is that of all weights.
+    """
     z0, directions = _directions(base, poles)
     moved = _moved(z0, directions, _shares(weights, gains, (len(z0), len(directions))))
-    return moved, _moved(z0, directions, weights.float())
+    return moved, _moved(z0, directions, (gain * gains * weights).float().clamp(max=1.0))
 
 
 def _directions(base: Tensor, poles: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
 from functools import partial
@@ -243,22 +242,6 @@ def test_a_loop_that_is_gone_stops_its_replies(chat, watched):
     assert loop.run_until_complete(begun())
     loop.close()
     eventually(lambda: watched.rows == 0)
-
-
-def test_a_loop_that_is_gone_with_a_call_in_it_says_nothing(chat, watched, capsys):
-    async def ask():
-        await chat.ainvoke(QUESTION, user_id="alice", max_tokens=400)
-
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(ask())
-    while not watched.rows:
-        loop.run_until_complete(asyncio.sleep(0.005))
-    loop.close()
-    task._log_destroy_pending = False  # asyncio's own word on it
-    del task
-    gc.collect()
-    eventually(lambda: watched.rows == 0)
-    assert capsys.readouterr().err == ""
 
 
 def test_a_loop_that_ends_closes_its_replies_without_a_word(chat, watched, people):

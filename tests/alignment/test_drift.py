@@ -74,15 +74,15 @@ def test_one_full_dial_at_a_gain_is_the_linear_step_from_the_plain_model():
     torch.testing.assert_close(combined.rule, pole)
 
 
-def test_the_rule_takes_every_weight_at_its_own_size_whatever_the_gain():
-    base, (one, other), weights = drawn(6)
-    weights = weights + 0.5  # some lie beyond the unit ball
-    whole = base + weights[:, :1] * (one - base) + weights[:, 1:] * (other - base)
-    for gain, own in ((0.0, 1.0), (1.0, 0.5), (5.0, 3.0)):
-        gains = torch.full_like(weights, own)
-        combined = combine_drift([base, one, other], torch.cat([torch.full((3, 1), gain), weights, gains], dim=1))
-        torch.testing.assert_close(combined.rule, whole)
-        torch.testing.assert_close(combined.logits, base + gain * own * dials(base, [one, other], weights))
+@pytest.mark.parametrize(("gain", "own"), [(0.0, 1.0), (1.0, 0.5), (1.0, 1.0), (2.0, 0.75), (5.0, 3.0)])
+def test_the_rule_takes_every_weight_as_far_as_its_gains_but_not_beyond_its_reading(gain, own):
+    base, (one, other), weights = drawn(6)  # some lie beyond the unit ball together
+    gains = torch.full_like(weights, own)
+    combined = combine_drift([base, one, other], torch.cat([torch.full((3, 1), gain), weights, gains], dim=1))
+    sizes = (gain * own * weights).clamp(max=1)
+    moved = base + sizes[:, :1] * (one - base) + sizes[:, 1:] * (other - base)
+    torch.testing.assert_close(combined.rule, moved)
+    torch.testing.assert_close(combined.logits, base + gain * own * dials(base, [one, other], weights))
 
 
 def test_a_pole_s_gain_scales_its_own_direction_and_not_the_bound():

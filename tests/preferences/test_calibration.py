@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
+from prefmw.bootstrap import calibration_file, load_dimensions
+from prefmw.embedded import embedded_path, shipped_calibration
 from prefmw.errors import UsageError
 from prefmw.evaluation.held_out import profile_of
+from prefmw.models.chat_model import fingerprint
 from prefmw.preferences import default_dimensions, dials_of, principle_text
 from prefmw.preferences.calibration import Calibration, Tuned
+from prefmw.settings import load_settings
 
 HUMOR = default_dimensions()["humor"]
 OTHER = HUMOR.positive.wordings[0]
@@ -46,3 +52,30 @@ def test_a_file_holds_all_of_it():
 def test_what_is_no_calibration_is_refused(text):
     with pytest.raises(UsageError, match="calibration"):
         Calibration.from_json(text)
+
+
+def test_tiny_ships_with_one_of_its_own_weights(home):
+    shipped = Calibration.from_json(shipped_calibration("tiny").read_text(encoding="utf-8"))
+    assert shipped.revision == fingerprint(embedded_path("tiny"))
+    poles = [pole for one in default_dimensions().values() if one.kind == "style" for pole in one.poles]
+    assert sorted(name for named in shipped.poles.values() for name in named) == sorted(poles)
+    assert load_dimensions(load_settings({"model": "tiny"})) == shipped.applied(default_dimensions())
+    assert load_dimensions(load_settings({"model": "another"})) == default_dimensions()
+    assert shipped_calibration("../calibrations/tiny") is None
+
+
+def test_one_s_own_calibration_comes_before_the_shipped_one(home, caplog):
+    settings = load_settings({"model": "tiny"})
+    file = calibration_file(settings)
+    file.parent.mkdir(parents=True)
+    file.write_text(FOUND.to_json(), encoding="utf-8")
+    assert load_dimensions(settings) == FOUND.applied(default_dimensions())
+    file.write_text("[]", encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        assert load_dimensions(settings)["humor"].positive.gain not in (1.0, 2.5)
+    assert "left aside" in caplog.text
+
+
+def test_calibrations_may_be_left_aside(home, monkeypatch):
+    monkeypatch.setenv("PREFMW_CALIBRATED", "false")
+    assert load_dimensions(load_settings({"model": "tiny"})) == default_dimensions()
