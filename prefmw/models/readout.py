@@ -116,14 +116,24 @@ class ReadOut:
         return digest.hexdigest()
 
     def values(self, clauses: Sequence[str]) -> NDArray[np.float64]:
-        """Per clause and dimension, (N, K), the probability of the positive pole less the negative's, in [-1, 1]."""
+        """Per clause and dimension, (N, K), the probability of the positive pole less the negative's, in [-1, 1].
+
+        A clause that ends with a full stop is read without it as well, and has the mean: it means nothing, and yet the
+        encoder is less sure with some and with others without.
+        """
+        bare = [clause.rstrip(" .") or clause for clause in clauses]
+        rows = {text: row for row, text in enumerate(dict.fromkeys([*clauses, *bare]))}
+        read = self._read(list(rows))
+        return (read[[rows[text] for text in clauses]] + read[[rows[text] for text in bare]]) / 2
+
+    def _read(self, texts: Sequence[str]) -> NDArray[np.float64]:
         with self._lock:
             if self._reader is None:
                 self._reader = self._built()
         found = [np.zeros((0, len(self.dimensions)))]
         with torch.inference_mode():
-            for at in range(0, len(clauses), BATCH):
-                found.append(sides(self._reader(**self.embedder.tokens(clauses[at : at + BATCH], LONGEST))))
+            for at in range(0, len(texts), BATCH):
+                found.append(sides(self._reader(**self.embedder.tokens(texts[at : at + BATCH], LONGEST))))
         return np.concatenate(found)
 
     def save(self, path: Path) -> None:

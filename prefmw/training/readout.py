@@ -1,17 +1,18 @@
 """Fits the read-out of preferences: a low-rank adapter and a head on the embedder's encoder.
 
-It learns from the anchor bank and from ``preference_files/``: statements of many kinds for either pole, qualities by
-those who like and dislike them put into sentences of either attitude, pairs of statements joined, and texts that state
-nothing, the topics' questions among them. Sentences of qualities and pairs are composed anew in every pass. A tenth of
-what people wrote is held out; on it the logits' temperature is fitted, so that a value of 0.6 is right about as often
-as it says, and the threshold chosen, the least at which nearly all texts that state nothing are left alone; and the
-rest is measured.
+It learns from the anchor bank and from ``preference_files/``: statements of many kinds for either pole, what people say
+of themselves with preferences in it or none, qualities by those who like and dislike them put into sentences of either
+attitude, pairs of statements joined, and texts that state nothing, the topics' questions among them. Sentences of
+qualities and pairs are composed anew in every pass. A tenth of what people wrote is held out; on it the logits'
+temperature is fitted, so that a value of 0.6 is right about as often as it says, and the threshold chosen, the least at
+which nearly all texts that state nothing are left alone; and the rest is measured.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import random
 import tomllib
 from collections.abc import Callable, Sequence
@@ -64,8 +65,9 @@ class Example(NamedTuple):
 
 
 def written_examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: int) -> list[Example]:
-    """What people wrote: the bank, the statements, and what states nothing, a tenth of it held out; and contrasts, that
-    is statements many of which differ in a few words and take opposite sides.
+    """What people wrote: the bank, the statements, what people say of themselves with a side or several or none, and
+    what states nothing, a tenth of it held out; and contrasts, that is statements many of which differ in a few words
+    and take opposite sides.
     """
     rng = random.Random(seed)
     found = [
@@ -75,6 +77,10 @@ def written_examples(anchors: Sequence[Anchor], dimensions: Dimensions, seed: in
     found += [Example(text, {}, 2.0, True) for text in _table("neutral")["texts"]]
     for key, poles in _poles(dimensions).items():
         found += [Example(text, {key: side}, 1.0, True) for side, pole in poles.items() for text in pole["statements"]]
+    shipped = _poles(dimensions).keys()
+    for one in _said():
+        sides = {key: side for key, side in one["sides"].items() if key in shipped}
+        found.append(Example(one["text"], sides, 2.0, True))
     found = [one._replace(held_out=rng.random() < HELD_OUT) for one in found]
     for key, poles in _poles(dimensions).items():  # whose twins would be on either side of the split
         found += [Example(text, {key: side}, 1.0) for side, pole in poles.items() for text in pole["contrasts"]]
@@ -119,6 +125,12 @@ def _poles(dimensions: Dimensions) -> dict[str, dict[int, dict[str, list[str]]]]
             if set(dimension.poles) == set(table):
                 found[key] = {-1: table[dimension.negative.name], 1: table[dimension.positive.name]}
     return found
+
+
+@functools.cache
+def _said() -> list[dict[str, Any]]:
+    lines = (_FOLDER / "said.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @functools.cache

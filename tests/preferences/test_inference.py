@@ -275,6 +275,7 @@ def shipped() -> Inferer:
 def test_plain_wishes_are_read_and_their_opposites_too(shipped):
     for text, expected in (
         ("Keep your answers short.", {"verbosity": -1}),
+        ("Keep your answers short", {"verbosity": -1}),
         ("Don't be too brief, I like to understand everything in depth.", {"verbosity": 1}),
         ("Please skip the jokes.", {"humor": -1}),
         ("Explain it to me like I'm five.", {"complexity": -1}),
@@ -290,6 +291,6 @@ def test_it_reads_unseen_statements_no_worse_than_documented(shipped):
     dimensions = default_dimensions()
     statements = read_labelled(Path(__file__).parent / "statements.jsonl", dimensions)
     row = score_inference(statements, shipped, dimensions)
-    assert row["sign_accuracy"] >= 0.73
-    assert row["spurious_rate"] <= 0.02
-    assert row["neutral_accuracy"] >= 0.86
+    assert row["sign_accuracy"] >= 0.90
+    assert row["spurious_rate"] <= 0.01
+    assert row["neutral_accuracy"] >= 0.98
