@@ -38,6 +38,8 @@ class Session:
     streams: bool = True
     latest: Reply | None = None
     """The latest reply, whole or not."""
+    last: Reply | None = None
+    """The reply that the history ends with, as the model said it; ``None`` where that was before this session."""
     turn_id: int | None = None
     """The turn that the history's last reply was recorded as, where it was."""
 
@@ -71,7 +73,7 @@ class Session:
             self.latest = reply = stream.reply
             if reply.text:
                 self.history += [asked, Message("assistant", reply.text)]
-                self.turn_id = reply.turn_id
+                self.turn_id, self.last = reply.turn_id, reply
             self.conversation_id = reply.conversation_id
             if reply.not_recorded:
                 say(f"prefmw: this turn was not recorded: {reply.not_recorded}")
@@ -97,6 +99,7 @@ class Session:
             recorded = self.store.record(Turn(**values | changes))
             self.turn_id = recorded.turn_id
         self.history[-1] = Message("assistant", edited)
+        self.last = None
 
     @property
     def fate(self) -> str:

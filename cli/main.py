@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from prefmw import __version__
-from prefmw.cli import bench, chat, db, evaluate, logs, models, prefs, train, users
+from prefmw.cli import bench, chat, db, evaluate, logs, models, prefs, train, users, why
 from prefmw.cli.output import say
 from prefmw.errors import PrefmwError
 
@@ -26,6 +26,7 @@ app.command("chat")(chat.chat)
 app.add_typer(users.app, name="users")
 app.add_typer(prefs.app, name="prefs")
 app.add_typer(logs.app, name="logs")
+app.command("why")(why.why)
 app.add_typer(models.app, name="models")
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")

@@ -143,6 +143,25 @@ def _edit(session: Session, _: str) -> None:
         _learn(session, Choice("edit", asked, changed, text, turn_id), _scale(session))
 
 
+def _why(session: Session, rest: str) -> None:
+    """Which words of the last reply your preference changed, and by how much; /why FILE.html draws it"""
+    from prefmw.bootstrap import load_backend
+    from prefmw.cli.why import Shown, picture_path, show
+    from prefmw.explanation import explain, explain_turn, find_turn
+
+    path = picture_path(Path(rest).expanduser()) if rest else None
+    _last(session)  # refuses where nothing was answered
+    backend, reply = load_backend(session.settings), session.last
+    if reply is not None:
+        asked, ended = session.context(session.history[:-1]), reply.finish_reason == "stop"
+        found = explain(reply.plan, asked, reply.token_ids, ended, backend)
+    elif session.turn_id is None:
+        raise UsageError("this reply was not recorded, so nothing is known of how it was made")
+    else:
+        found = explain_turn(*find_turn(session.store, session.user_id, session.turn_id), backend)
+    show([Shown(session.store.profile(session.user_id), session.turn_id, backend.chat.name, found)], path)
+
+
 def _like(session: Session, _: str) -> None:
     """The last reply is as you like it: your weights learn from it"""
     _thumb(session, "like")
@@ -209,7 +228,7 @@ def _clear(session: Session, _: str) -> None:
     """Begin a new conversation; the old one stays stored"""
     session.history.clear()
     session.conversation_id = None
-    session.turn_id = None
+    session.turn_id = session.last = None
     say("a new conversation")
 
 
@@ -238,7 +257,7 @@ def _save(session: Session, rest: str) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[Session, str], None], str]] = {
     f"/{action.__name__.lstrip('_')}": (action, (action.__doc__ or "").strip())
-    for action in (_help, _prefs, _set, _method, _retry, _edit, _like, _dislike, _compare, _multi, _clear, _save)
+    for action in (_help, _prefs, _set, _method, _why, _retry, _edit, _like, _dislike, _compare, _multi, _clear, _save)
 }
 
 

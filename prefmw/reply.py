@@ -88,6 +88,7 @@ class Reply:
     notices: tuple[str, ...] = ()
     conversation_id: str | None = None
     turn_id: int | None = None
+    token_ids: tuple[int, ...] = ()
     not_recorded: str | None = None
     """Why the store did not take the turn, where it was to be recorded and was not."""
 
@@ -201,6 +202,7 @@ class ReplyStream:
             text=self._detokenizer.text,
             finish_reason="interrupted" if finish_reason == "cancelled" else finish_reason,
             output_tokens=len(self._ids),
+            token_ids=tuple(self._ids),
             timing=Timing(
                 load_s=self.reply.timing.load_s,
                 prefill_s=self._generation.prefill_s,

@@ -109,6 +109,14 @@ ARROWS = {
         "prefmw.personalizer",
         "prefmw.reply",
     ),
+    "prefmw.explanation": (
+        "prefmw.preferences",
+        "prefmw.alignment",
+        "prefmw.decoding",
+        "prefmw.models",
+        "prefmw.personalizer",
+        "prefmw.reply",
+    ),
     "prefmw.choices": (
         "prefmw.preferences",
         "prefmw.decoding",

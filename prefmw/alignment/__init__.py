@@ -1,6 +1,6 @@
 """The papers' mathematics as pure functions on tensors: no models, no devices moved, no global random state."""
 
-from prefmw.alignment.candidates import nucleus, ranked_nucleus, restrict, top_k
+from prefmw.alignment.candidates import nucleus, ranked_nucleus, redistributed, restrict, top_k
 from prefmw.alignment.combiners import (
     Combined,
     CombinePadAcross,
@@ -31,6 +31,7 @@ __all__ = [
     "normalized",
     "nucleus",
     "ranked_nucleus",
+    "redistributed",
     "restrict",
     "scaled",
     "top_k",

@@ -108,3 +108,32 @@ def restrict(logits: Tensor, rule: Tensor, keep: Tensor) -> Tensor:
     bounded = torch.where(keep, logits, outside)
     underflow = bounded.isneginf().all(dim=1, keepdim=True)
     return torch.where(underflow, torch.where(keep, rule, outside), bounded)
+
+
+def redistributed(logits: Tensor, rule: Tensor, keep: Tensor) -> Tensor:
+    """What a method makes of its rule's distribution, before anything is cut off: candidates share among them the mass
+    that the rule gives them together, as the method has it, and every other token keeps what the rule gives it.
+
+    ::
+
+        p(a) = P_rule(C) softmax(z)_C(a)    for a in the candidates C
+        p(a) = P_rule(a)                    elsewhere
+
+    It is a distribution, finite in log wherever the rule is, and the rule's own where the method changes nothing: so it
+    tells what a method does apart from what any cutting off does.
+
+    Args:
+        logits: z, aligned logits, (B, V).
+        rule: logits of the trusted distribution, (B, V).
+        keep: C, the candidates, (B, V), bool, at least one a row.
+
+    Returns:
+        Log-probabilities, nats, (B, V), float32.
+
+    Raises:
+        ValueError: shapes differ, or a logit is NaN or +inf.
+    """
+    among = restrict(logits, rule, keep).log_softmax(dim=1)
+    trusted = rule.float().log_softmax(dim=1)
+    mass = torch.where(keep, trusted, torch.full_like(trusted, -torch.inf)).logsumexp(dim=1, keepdim=True)
+    return torch.where(keep, mass + among, trusted)

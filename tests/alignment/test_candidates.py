@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from prefmw.alignment import nucleus, restrict, top_k
+from prefmw.alignment import nucleus, redistributed, restrict, top_k
 
 NEG = -math.inf
 logits_arrays = nps.arrays(
@@ -114,3 +114,41 @@ def test_underflow_falls_back_to_the_rule():
     logits = torch.tensor([[NEG, NEG, 5.0], [1.0, NEG, 5.0]])
     rule = torch.tensor([[3.0, 4.0, 0.0], [3.0, 4.0, 0.0]])
     assert restrict(logits, rule, keep).tolist() == [[3.0, 4.0, NEG], [1.0, NEG, NEG]]
+
+
+# What a method makes of the rule before anything is cut off
+
+
+def test_candidates_share_their_own_mass_anew():
+    # of 0.5 + 0.3 the aligned logits, 1 : 3, give 0.2 and 0.6; the others keep what they had
+    keep = torch.tensor([[True, True, False, False]])
+    aligned = torch.tensor([[0.0, math.log(3), 50.0, -50.0]])
+    found = redistributed(aligned, logs(0.5, 0.3, 0.15, 0.05), keep)
+    assert torch.allclose(found.exp(), torch.tensor([[0.2, 0.6, 0.15, 0.05]]))
+
+
+@given(logits_arrays, st.floats(0.05, 1.0))
+def test_what_changes_nothing_leaves_the_rule(logits, top_p):
+    z = torch.from_numpy(logits)
+    assert torch.allclose(redistributed(z, z, nucleus(z, top_p)), z.log_softmax(1), atol=1e-4)
+
+
+@given(logits_arrays, st.integers(0, 100), st.floats(0.05, 1.0))
+def test_redistributed_is_a_distribution_and_agrees_with_a_slow_reference(logits, seed, top_p):
+    rule = torch.from_numpy(logits)
+    aligned = 5 * torch.randn(rule.shape, generator=torch.Generator().manual_seed(seed))
+    keep = nucleus(rule, top_p)
+    found = redistributed(aligned, rule, keep).exp()
+    assert torch.allclose(found.sum(1), torch.ones(len(found)), atol=1e-4)
+    for row in range(len(rule)):
+        p, q = rule[row].softmax(0).tolist(), aligned[row].exp().tolist()
+        kept = [index for index in range(len(p)) if keep[row, index]]
+        mass, total = sum(p[index] for index in kept), sum(q[index] for index in kept)
+        slow = [mass * q[index] / total if index in kept else p[index] for index in range(len(p))]
+        assert found[row].tolist() == pytest.approx(slow, abs=1e-4)
+
+
+def test_candidates_that_the_method_excludes_keep_the_rule_s_shares():
+    keep = torch.tensor([[True, True, False]])
+    found = redistributed(torch.tensor([[NEG, NEG, 0.0]]), logs(0.6, 0.2, 0.2), keep)
+    assert torch.allclose(found.exp(), torch.tensor([[0.6, 0.2, 0.2]]))

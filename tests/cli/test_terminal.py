@@ -397,3 +397,20 @@ def test_a_conversation_cannot_print_json(terminal):
     child = terminal("--json")
     child.expect("--json answers one question")
     assert leave(child) == 2
+
+
+def test_why_explains_the_last_reply_of_a_conversation(terminal, tmp_path):
+    child = terminal("--method", "linear")
+    child.expect("alice> ")
+    child.sendline("/why")
+    child.expect("nothing was answered yet")
+    child.sendline("Count.")
+    child.expect("alice> ")
+    child.sendline("/why")
+    child.expect(r"alice, turn 1: linear 2 on")
+    child.expect("alice> ")
+    child.sendline(f"/why {tmp_path}/why.html")
+    child.expect("1 reply")
+    child.sendline("/bye")
+    assert leave(child) == 0
+    assert "tabindex" in (tmp_path / "why.html").read_text()
