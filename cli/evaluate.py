@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prefmw.cli.choice import choice
 from prefmw.cli.options import JsonOption, PersRMOption, read_texts, registry
 from prefmw.cli.output import loading, print_json, print_table, printable, progress, progress_bar, shorten, stages
+from prefmw.cli.running import OutOption, check_split, finish, names
 from prefmw.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from prefmw.evaluation.steer import Answered, Condition
-    from prefmw.personalizer import Backend
 
 app = typer.Typer(help="Steering, inference and learning, measured.", no_args_is_help=True)
+app.command("choice")(choice)
 
 
 @app.command()
@@ -56,19 +57,21 @@ def steer(
     second_opinion: Annotated[
         bool, typer.Option("--second-opinion", help="Judge by a classifier on sentence embeddings as well.")
     ] = False,
+    out: OutOption = None,
     json: JsonOption = False,
 ) -> None:
     """Compare methods and controls: how often the style asked for is followed, and what it costs."""
     from prefmw.bootstrap import load_backend, load_dimensions
     from prefmw.evaluation.plots import plot_strengths
+    from prefmw.evaluation.runs import Run, model_used
     from prefmw.evaluation.second_opinion import SecondOpinion
     from prefmw.evaluation.steer import MAX_TOKENS, TOP_P, conditions, steer_rows
     from prefmw.settings import load_settings
     from prefmw.training.styles import AXES
 
-    _check_split(split)
-    names = _names(methods)
-    rows = conditions(names, strength or [], temperature, controls=controls, candidate=candidate, top_ks=top_k or [])
+    check_split(split)
+    asked = names(methods)
+    rows = conditions(asked, strength or [], temperature, controls=controls, candidate=candidate, top_ks=top_k or [])
     if split == "test" and any(sum(row.name == name for row in rows) > 1 for name in ("linear", "drift", "pad")):
         raise UsageError("choose a strength on --split dev; the test split is for reporting one")
     if plot is not None:
@@ -80,6 +83,22 @@ def steer(
         if any(row.is_pad for row in rows):
             backend.guidance()  # what is amiss with it is told before anything is asked
         judge = SecondOpinion() if second_opinion else None
+    about = {
+        **model_used(backend),
+        "split": split,
+        "further": further,
+        "n": n,
+        "seed": seed,
+        "methods": asked,
+        "controls": controls,
+        "temperature": temperature,
+        "top_p": TOP_P,
+        "max_tokens": MAX_TOKENS,
+        "second_opinion": second_opinion,
+        "conditions": [[row.label, row.temperature] for row in rows],
+        "persrm": backend.guidance().label if any(row.is_pad for row in rows) else None,
+    }
+    run = Run("steer", about, out)
     with progress_bar() as bar:
         tasks = {row: bar.add_task(f"{row.label} t={row.temperature:g}", total=n * len(AXES)) for row in rows}
 
@@ -99,19 +118,13 @@ def steer(
             seed=seed,
             further=further,
             judge=judge,
+            run=run,
             progress=advance,
             keep=keep,
         )
     if file is not None:
         file.close()
-    if json:
-        asked = {"split": split, "further": further, "n": n, "seed": seed, "methods": names, "controls": controls}
-        asked |= {"persrm": backend.guidance().label} if any(row.is_pad for row in rows) else {}
-        bounds = {"temperature": temperature, "top_p": TOP_P, "max_tokens": MAX_TOKENS}
-        print_json({"rows": table, "settings": {**_model_used(backend), **asked, **bounds, "versions": _versions()}})
-    else:
-        columns = ["method", "t", "axis", "n", "followed", "95%", "relevant", "helpful", "loops", "off axis", "cost"]
-        print_table(columns, [_cells(row) for row in table])
+    finish(run, json, rows=table)
     if plot is not None:
         plot_strengths(table, plot)
 
@@ -139,11 +152,13 @@ def show_agreement(
 def inference(
     file: Annotated[Path, typer.Argument(metavar="FILE", help='JSON lines: {"text", "expect": {DIM: -1 or 1}}.')],
     misses: Annotated[bool, typer.Option("--misses", help="Show the texts that were not read right.")] = False,
+    out: OutOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure inference of weights from words on labelled statements."""
     from prefmw.bootstrap import load_inferer
     from prefmw.evaluation.inference import read_labelled, score_inference
+    from prefmw.evaluation.runs import Run
     from prefmw.settings import load_settings
 
     settings, dimensions = load_settings(), registry()
@@ -151,9 +166,10 @@ def inference(
     with progress("texts") as advance:
         result = score_inference(statements, load_inferer(settings, dimensions), dimensions, advance)
     wrong = result.pop("misses")
+    run = Run("inference", {"embedder": settings.embedder, "file": file.name, "readout": settings.readout}, out)
+    written = run.result(**result, rows=[result])
     if json:
-        about = {"embedder": settings.embedder, "versions": _versions()}
-        print_json({**result, **({"misses": wrong} if misses else {}), "settings": about})
+        print_json({**written, **({"misses": wrong} if misses else {})})
         return
     for name, value in result.items():
         print(f"{name:<17} {'–' if value is None else f'{value:.3f}' if isinstance(value, float) else value}")
@@ -174,17 +190,19 @@ def turn_dials(
     temperature: Annotated[float, typer.Option("--temperature", help="Of the sampling; 0 is greedy.")] = 0.7,
     seed: Annotated[int, typer.Option("--seed", help="Of the questions and the sampling.")] = 0,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the dials to this picture.")] = None,
+    out: OutOption = None,
     json: JsonOption = False,
 ) -> None:
     """Turn each of Drift's dials from -1 to 1, then three at once beside one composed principle."""
     from prefmw.bootstrap import load_backend, load_dimensions
     from prefmw.evaluation.dials import WEIGHTS, Trial, chord_rows, dial_rows
     from prefmw.evaluation.plots import plot_dials
+    from prefmw.evaluation.runs import Run, model_used
     from prefmw.evaluation.steer import MAX_TOKENS, TOP_P, conditions
     from prefmw.settings import load_settings
     from prefmw.training.styles import AXES
 
-    _check_split(split)
+    check_split(split)
     gains = conditions(["drift"], strength or [], temperature, controls=False)
     if split == "test" and len(gains) > 1:
         raise UsageError("choose a gain on --split dev; the test split is for reporting one")
@@ -194,6 +212,17 @@ def turn_dials(
     settings = load_settings({"model": model})
     with loading(settings.model):
         backend = load_backend(settings)
+    about = {
+        **model_used(backend),
+        "split": split,
+        "n": n,
+        "seed": seed,
+        "gains": [row.strength for row in gains],
+        "temperature": temperature,
+        "top_p": TOP_P,
+        "max_tokens": MAX_TOKENS,
+    }
+    run = Run("dials", about, out)
     total = n * (len(gains) * len(AXES) * len(WEIGHTS) + len(beside))
     with progress_bar() as bar:
         task = bar.add_task("replies", total=total)
@@ -201,45 +230,11 @@ def turn_dials(
         def advance(count: int) -> None:
             bar.advance(task, count)
 
-        trial = Trial(split, n, backend, load_dimensions(settings), seed, advance)  # type: ignore[arg-type]
+        trial = Trial(split, n, backend, load_dimensions(settings), seed, advance, run)  # type: ignore[arg-type]
         dials, chords = dial_rows(trial, gains), chord_rows(trial, beside)
     if plot is not None:
         plot_dials(dials, plot)
-    if json:
-        asked = {"split": split, "n": n, "seed": seed}
-        asked |= {"temperature": temperature, "top_p": TOP_P, "max_tokens": MAX_TOKENS}
-        print_json(
-            {"dials": dials, "chords": chords, "settings": {**_model_used(backend), **asked, "versions": _versions()}}
-        )
-        return
-    print_table(
-        ["gain", "axis", "weight", "mean", "95%", "off axis", "relevant", "loops"],
-        [
-            [
-                f"{row['strength']:g}",
-                row["axis"],
-                f"{row['weight']:+g}",
-                _number(row["mean"]),
-                "{:.2f} to {:.2f}".format(*row["ci95"]),
-                *(_number(row[key]) for key in ("off_axis", "relevance", "repetition")),
-            ]
-            for row in dials
-        ],
-    )
-    print_table(
-        ["three at once", "axis", "n", "followed", "95%", "relevant", "loops"],
-        [
-            [
-                row["method"] + ("" if row["strength"] is None else f" {row['strength']:g}"),
-                row["axis"],
-                str(row["n"]),
-                _number(row["followed"]),
-                "{:.2f}-{:.2f}".format(*row["ci95"]) if row["ci95"] else "–",
-                *(_number(row[key]) for key in ("relevance", "repetition")),
-            ]
-            for row in chords
-        ],
-    )
+    finish(run, json, dials=dials, chords=chords)
 
 
 @app.command()
@@ -287,42 +282,23 @@ def choices(
         list[float] | None, typer.Option("--wrong", help="Share of wrong choices; may be given several times.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of people and replies.")] = 0,
+    out: OutOption = None,
     json: JsonOption = False,
 ) -> None:
     """Compare what is learned from simulated people's choices with the truth, beside the best that is possible."""
     from prefmw.evaluation.choosers import chooser_rows
+    from prefmw.evaluation.runs import Run
 
     shares = wrong or [0.0, 0.2]
     if any(not 0 <= share < 0.5 for share in shares):
         raise UsageError("a share of wrong choices lies in [0, 0.5)")
-    rows = [row for share in shares for row in chooser_rows(people, count, share, seed)]
-    if json:
-        print_json({"rows": rows, "settings": {"seed": seed, "versions": _versions()}})
-        return
-    cells = [
-        [
-            row["learner"],
-            f"{row['wrong']:g}",
-            _number(row["cosine"], 3),
-            "{:.3f}-{:.3f}".format(*row["ci95"]),
-            f"{row['enough']} of {count}" if row["enough"] else "",
-        ]
-        for row in rows
+    run = Run("choices", {"people": people, "choices": count, "wrong": shares, "seed": seed}, out)
+    rows = [
+        row
+        for share in shares
+        for row in run.unit(f"wrong {share}", lambda share=share: chooser_rows(people, count, share, seed))  # type: ignore[misc]
     ]
-    print_table(["learner", "wrong", "cosine", "95%", "enough for random pairs'"], cells)
-
-
-def _check_split(split: str) -> None:
-    """Raise UsageError for what is no split to measure on."""
-    if split not in ("dev", "test"):
-        raise UsageError(f"a split is dev or test, got '{split[:40]}'")
-
-
-def _names(methods: str) -> list[str]:
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    if not names:
-        raise UsageError("name at least one method, none,prompt,linear say")
-    return names
+    finish(run, json, rows=rows)
 
 
 def _check_picture(path: Path, rows: Sequence[Condition]) -> None:
@@ -347,35 +323,3 @@ def _opened(path: Path | None) -> Any:
         return path.open("w", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _model_used(backend: Backend) -> dict[str, str]:
-    chat = backend.chat
-    return {"model": chat.name, "model_revision": chat.revision, "dtype": chat.dtype}
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("prefmw", "torch", "transformers")}
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    from prefmw.evaluation.steer import Condition
-
-    low, high = row["ci95"]
-    return [
-        Condition(row["method"], row["strength"], top_k=row["top_k"]).label,
-        f"{row['temperature']:g}",
-        row["axis"],
-        str(row["n"]),
-        _number(row["followed"]),
-        f"{low:.2f}-{high:.2f}",
-        _number(row["relevance"]),
-        _number(row["helpfulness"], 0),
-        _number(row["repetition"]),
-        _number(row["off_axis"]),
-        _number(row["cost_ratio"]),
-    ]

@@ -150,17 +150,19 @@ class _Seen(NamedTuple):
     moved: float
 
 
-def _look(combined: Combined, views: Sequence[Tensor], token: int, *, bounds: Sampling, place: int) -> _Seen:
+def _look(combined: Combined, views: Sequence[Tensor], tokens: Tensor, *, bounds: Sampling, place: int) -> list[_Seen]:
     keep = nucleus(combined.rule, bounds.top_p, bounds.temperature)
     if bounds.top_k is not None:
         keep &= top_k(combined.rule, bounds.top_k)
-    aligned = redistributed(combined.logits, combined.rule, keep)[0]
-    plain = views[place][0].float().log_softmax(0)
-    count = min(ALTERNATIVES, len(aligned))
-    likeliest = torch.cat([aligned.topk(count).indices, plain.topk(count).indices]).tolist()
-    ids = list(dict.fromkeys([token, *likeliest]))
-    moved = float((aligned.exp() - plain.exp()).abs().sum() / 2)
-    return _Seen(ids, aligned[ids].tolist(), plain[ids].tolist(), moved)
+    rows = redistributed(combined.logits, combined.rule, keep)
+    found = []
+    for aligned, plain, token in zip(rows, views[place].float().log_softmax(1), tokens.tolist(), strict=True):
+        count = min(ALTERNATIVES, len(aligned))
+        likeliest = torch.cat([aligned.topk(count).indices, plain.topk(count).indices]).tolist()
+        ids = list(dict.fromkeys([token, *likeliest]))
+        moved = float((aligned.exp() - plain.exp()).abs().sum() / 2)
+        found.append(_Seen(ids, aligned[ids].tolist(), plain[ids].tolist(), moved))
+    return found
 
 
 def _steps(tokens: Sequence[int], seen: Sequence[_Seen], chat: ChatModel) -> list[Step]:

@@ -58,12 +58,17 @@ class Guidance:
             return None
         return self.persrm.scale(meaning_of(preference, self.backbone))
 
-    def contexts(self, messages: Sequence[Message], preference: str) -> tuple[list[int], list[int]]:
-        """The conversation behind the preference's prefix, in the base's tokens and in the backbone's."""
+    def contexts(
+        self, messages: Sequence[Message], preference: str, opening: Sequence[tuple[str, bool]] = ()
+    ) -> tuple[list[int], list[int]]:
+        """The conversation behind the preference's prefix, in the base's tokens and in the backbone's; the reply begins
+        with ``opening``.
+        """
 
         def encoded(chat: ChatModel) -> list[int]:
             prefix = self.persrm.card.prefix
-            return chat.template.encode(prefix.applied(messages, preference, chat.template.default_system))
+            applied = prefix.applied(messages, preference, chat.template.default_system)
+            return chat.template.encode(applied, opening=opening)
 
         base = encoded(self.base)
         return base, base if self.backbone is self.base else encoded(self.backbone)
@@ -75,9 +80,10 @@ class Guidance:
         scale: Tensor | None,
         beta: float,
         sampling: Sampling,
+        opening: Sequence[tuple[str, bool]] = (),
     ) -> Request:
         """A reply guided by the PersRM; at beta 0 the base alone, which has the only say then."""
-        base, ours = self.contexts(messages, preference)
+        base, ours = self.contexts(messages, preference, opening)
         views = [View(base)]
         if beta == 0:
             return Request(tuple(views), combine_plain, sampling, (), self.base.stop_ids)

@@ -621,7 +621,7 @@ def build_request(
         if guidance is None:
             raise UsageError("a plan by PAD needs the PersRM that it is guided by")
         beta = 0.0 if plan.candidate == BEST_OF_K else plan.strength or 0.0  # the best of the base's own replies
-        return guidance.request(messages, plan.principle, scale, beta, plan.sampling)
+        return guidance.request(messages, plan.principle, scale, beta, plan.sampling, plan.opening)
     if plan.method == "drift":
         base = with_principle(messages, plan.principle, chat) if plan.principle else messages
         if not plan.dials or plan.strength == 0:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefmw.evaluation.content import read_content, repeats
 from prefmw.evaluation.held_out import profile_of
 from prefmw.evaluation.oracles import followed, measure
+from prefmw.evaluation.runs import Run
 from prefmw.evaluation.statistics import cluster_interval
 from prefmw.evaluation.steer import Condition, replies_to
 from prefmw.personalizer import Backend
@@ -30,7 +31,9 @@ Asked = tuple[Topic, str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What is asked ``n`` times, of whom, and of which model; ``progress`` is told of every reply."""
+    """What is asked ``n`` times, of whom, and of which model; ``progress`` is told of every reply; a ``run`` that goes
+    on has some of them.
+    """
 
     split: Split
     n: int
@@ -38,6 +41,7 @@ class Trial:
     dimensions: Dimensions
     seed: int = 0
     progress: Callable[[int], None] = lambda count: None
+    run: Run = field(default_factory=lambda: Run("dials", {}))
 
     def questions(self, what: str) -> list[tuple[Topic, str]]:
         """Held-out questions, the same for the same ``what``."""
@@ -48,8 +52,12 @@ class Trial:
             drawn.append((topic, rng.choice(topic.held_out(self.split))))
         return drawn
 
-    def answers(self, asked: Sequence[Asked], condition: Condition) -> list[str]:
-        """The replies, many at a time."""
+    def answers(self, asked: Sequence[Asked], condition: Condition, what: str) -> list[str]:
+        """The replies, many at a time; the run keeps them as ``what`` under that condition."""
+        texts: list[str] = self.run.unit(f"{what}: {condition!r}", lambda: self._ask(asked, condition))
+        return texts
+
+    def _ask(self, asked: Sequence[Asked], condition: Condition) -> list[str]:
         done = 0
 
         def advance(count: int) -> None:
@@ -78,7 +86,7 @@ def dial_rows(trial: Trial, conditions: Sequence[Condition]) -> list[dict[str, A
             questions = trial.questions(axis)
             for weight in WEIGHTS:
                 asked = [(topic, question, {axis: weight}) for topic, question in questions]
-                texts = trial.answers(asked, condition)
+                texts = trial.answers(asked, condition, f"{axis} {weight:+g}")
                 measures = [measure(text) for text in texts]
                 values = [one[axis] for one in measures]
                 others = [abs(one[other]) for one in measures for other in AXES if other != axis]
@@ -111,7 +119,7 @@ def chord_rows(trial: Trial, conditions: Sequence[Condition]) -> list[dict[str, 
     ]
     rows = []
     for condition in conditions:
-        texts = trial.answers(asked, condition)
+        texts = trial.answers(asked, condition, "chords")
         measures = [measure(text) for text in texts]
         for axis in (*AXES, "all"):
             on = [index for index, (_, _, weights) in enumerate(asked) if axis in (*weights, "all")]

@@ -2,11 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from prefmw.errors import MissingExtraError
+from prefmw.evaluation.steer import Condition
+from prefmw.preferences import METHODS
 from prefmw.training.styles import AXES
+
+
+def draw_result(result: Mapping[str, Any], path: Path) -> bool:
+    """Draw what a result's command is known by, to a file; whether there is a picture of it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("plotting", "eval")
+    command, rows = result["command"], result.get("rows", [])
+    if command == "steer":
+        if any(sum(row["method"] == name and row["axis"] == "all" for row in rows) > 2 for name in ("linear", "pad")):
+            plot_strengths(rows, path)
+        else:
+            plot_methods(rows, path, group="axis", value="followed", label="share of replies that follow the style")
+    elif command == "choice":
+        if sum(row["method"] == "linear" and row["domain"] == "all" for row in rows) > 2:
+            plot_ratios(rows, path)
+        else:
+            plot_methods(rows, path, group="domain", value="accuracy", label="right answers", chance=0.25)
+    elif command == "dials":
+        plot_dials(result["dials"], path)
+    else:
+        return False
+    return True
+
+
+def plot_methods(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    group: str,
+    value: str,
+    label: str,
+    chance: float | None = None,
+) -> None:
+    """A panel for each value of ``group``, a line in it for each method with its 95% interval; ``chance`` is dotted."""
+    from matplotlib.figure import Figure
+
+    def line(row: Mapping[str, Any]) -> str:
+        one = Condition(row["method"], row.get("strength"), row.get("temperature") or 0.0, row.get("top_k"))
+        return one.label + (f" at {one.temperature:g}" if row.get("temperature") not in (None, usual) else "")
+
+    heats = [row.get("temperature") for row in rows]
+    usual = max(set(heats), key=heats.count)
+    names = list(dict.fromkeys(map(line, rows)))
+    groups = [name for name in dict.fromkeys(row[group] for row in rows) if name != "all"]
+    groups = ["all", *groups] if any(row[group] == "all" for row in rows) else groups
+    figure = Figure(figsize=(2.2 + 1.75 * len(groups), 1.1 + 0.28 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(groups), sharey=True, sharex=True, squeeze=False)[0]
+    for panel, name in zip(panels, groups, strict=True):
+        for row in [row for row in rows if row[group] == name]:
+            place = len(names) - 1 - names.index(line(row))
+            low, high = row["ci95"]
+            shade = "tab:gray" if row["method"] in _PLAIN else "tab:orange" if _is_control(row["method"]) else "#008578"
+            panel.plot([low, high], [place, place], color=shade, linewidth=2, alpha=0.5)
+            panel.plot([row[value]], [place], "o", color=shade, markersize=5)
+        if chance is not None:
+            panel.axvline(chance, color="black", linestyle=":", linewidth=1)
+        panel.set_title(name, fontsize=10, fontweight="bold" if name == "all" else "normal")
+        panel.set(xlim=(0, 1), xticks=(0, 0.5, 1))
+        panel.grid(alpha=0.3, axis="x")
+    panels[0].set_yticks(range(len(names)), list(reversed(names)))
+    figure.supxlabel(label, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+_PLAIN = ("none", "prompt")
+
+
+def _is_control(name: str) -> bool:
+    """Whether a row is there to compare with."""
+    return name not in METHODS
+
+
+def plot_ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy over Linear Alignment's ratio, a line a domain; the paper's figure 5 has its step there."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    panel = figure.subplots()
+    chosen = sorted((row for row in rows if row["method"] == "linear"), key=lambda row: float(row["strength"]))
+    for domain in dict.fromkeys(row["domain"] for row in chosen):
+        points = [row for row in chosen if row["domain"] == domain]
+        ratios, values = [row["strength"] for row in points], [row["accuracy"] for row in points]
+        if domain == "all":
+            panel.plot(ratios, values, color="black", linewidth=2.5, label="all")
+            low, high = ([row["ci95"][end] for row in points] for end in (0, 1))
+            panel.fill_between(ratios, low, high, color="black", alpha=0.12)
+        else:
+            panel.plot(ratios, values, marker="o", markersize=3, linewidth=1, label=domain)
+    for row in rows:
+        if row["domain"] == "all" and row["method"] in _PLAIN:
+            panel.axhline(row["accuracy"], color="tab:gray", linestyle="--", linewidth=1)
+            panel.annotate(
+                row["method"], (chosen[-1]["strength"], row["accuracy"]), fontsize=8, ha="right", va="bottom"
+            )
+    panel.axhline(0.25, color="black", linestyle=":", linewidth=1)
+    panel.set(xlabel="ratio (0: prompting)", ylabel="right answers", ylim=(0, 1))
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110)
 
 
 def plot_strengths(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -32,6 +32,7 @@ from prefmw.errors import UsageError
 from prefmw.evaluation.content import read_content, repeats
 from prefmw.evaluation.held_out import KINDS, Item, held_out_items
 from prefmw.evaluation.oracles import followed, measure
+from prefmw.evaluation.runs import Run
 from prefmw.evaluation.second_opinion import SecondOpinion
 from prefmw.evaluation.statistics import cluster_interval
 from prefmw.personalizer import Backend, Defaults, build_request, candidate_rule, make_plan
@@ -179,7 +180,7 @@ def conditions(
     return list(dict.fromkeys(rows))
 
 
-def answer_items(
+def ask_items(
     items: Sequence[Item],
     condition: Condition,
     backend: Backend,
@@ -187,13 +188,12 @@ def answer_items(
     *,
     seed: int = 0,
     progress: Callable[[int], None] = lambda count: None,
-) -> tuple[list[Answered], float]:
+) -> tuple[list[str], float]:
     """Every item's reply under one condition, and the seconds it took per token of those replies, many at a time.
 
     A second-turn item's first reply comes from the same condition. ``progress`` is told how many replies are done.
     """
-    applied = _shuffled(items, seed) if condition.name == "shuffled" else items
-    profiles = [other.profile for other in applied]
+    profiles = [other.profile for other in _applied(items, condition, seed)]
     opened = [[Message("user", item.question)] for item in items]
     texts, seconds, tokens = replies_to(opened, profiles, condition, backend, dimensions, seed, progress)
     later = [index for index, item in enumerate(items) if item.more]
@@ -207,11 +207,23 @@ def answer_items(
         seconds, tokens = seconds + again[1], tokens + again[2]
         for index, text in zip(later, again[0], strict=True):
             texts[index] = text
-    answered = [
+    return texts, seconds / max(1, tokens)
+
+
+def answer_items(
+    items: Sequence[Item], condition: Condition, backend: Backend, dimensions: Dimensions, *, seed: int = 0
+) -> tuple[list[Answered], float]:
+    """:func:`ask_items` with what the measures say of the replies."""
+    texts, seconds = ask_items(items, condition, backend, dimensions, seed=seed)
+    return read_replies(items, texts, condition, seed), seconds
+
+
+def read_replies(items: Sequence[Item], texts: Sequence[str], condition: Condition, seed: int = 0) -> list[Answered]:
+    """What the measures say of the replies that :func:`ask_items` gave."""
+    return [
         _read(item, text, frozenset(item.wanted) | frozenset(other.wanted))
-        for item, text, other in zip(items, texts, applied, strict=True)
+        for item, text, other in zip(items, texts, _applied(items, condition, seed), strict=True)
     ]
-    return answered, seconds / max(1, tokens)
 
 
 def steer_rows(
@@ -224,6 +236,7 @@ def steer_rows(
     seed: int = 0,
     further: bool = False,
     judge: SecondOpinion | None = None,
+    run: Run | None = None,
     progress: Callable[[Condition, int], None] = lambda condition, count: None,
     keep: Callable[[Condition, list[Answered]], None] = lambda condition, answered: None,
 ) -> list[dict[str, Any]]:
@@ -232,17 +245,26 @@ def steer_rows(
     Row keys are those of ``prefmw eval steer --json``. ``ci95`` resamples preferences, not replies; ``over_prompt`` is
     the paired difference to prompting at the same temperature, where that came before; ``off_axis`` the mean size of
     the measures of axes that nobody asked for; ``cost_ratio`` the time per token of a reply over that of ``none``, many
-    replies at a time; ``second_opinion``, where there is a ``judge``, ``followed`` by its verdict.
+    replies at a time. A ``run`` keeps each condition's replies, and takes those that it has; ``second_opinion``, where
+    there is a ``judge``, ``followed`` by its verdict.
     """
+    run = run or Run("steer", {})
     items = list(held_out_items(split, n, seed=seed, further=further))
-    answer_items(items[:4], Condition("none"), backend, dimensions)  # warms up, for the sake of the timing
+    ask_items(items[:4], Condition("none"), backend, dimensions)  # warms up, for the sake of the timing
     table: list[dict[str, Any]] = []
     costs: dict[Condition, float] = {}
     prompted: dict[float, list[Answered]] = {}
     for condition in rows:
-        answered, costs[condition] = answer_items(
-            items, condition, backend, dimensions, seed=seed, progress=partial(progress, condition)
-        )
+
+        def answer(condition: Condition = condition) -> dict[str, Any]:
+            texts, seconds = ask_items(
+                items, condition, backend, dimensions, seed=seed, progress=partial(progress, condition)
+            )
+            return {"texts": texts, "seconds": seconds}
+
+        kept = run.unit(repr(condition), answer)
+        progress(condition, len(items))
+        answered, costs[condition] = read_replies(items, kept["texts"], condition, seed), kept["seconds"]
         keep(condition, answered)
         if condition.name == "prompt":
             prompted[condition.temperature] = answered
@@ -318,6 +340,11 @@ def _read(item: Item, text: str, asked: frozenset[str]) -> Answered:
     return Answered(item, text, asked, measure(text), content.relevant, content.helpfulness, repeats(text))
 
 
+def _applied(items: Sequence[Item], condition: Condition, seed: int) -> Sequence[Item]:
+    """Whose preferences steer each item's reply."""
+    return _shuffled(items, seed) if condition.name == "shuffled" else items
+
+
 def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
     """For each item another whose profile asks for nothing on any of its axes."""
     rng = random.Random(f"{seed}:shuffled")
@@ -388,15 +415,21 @@ def _whole(generation: Generation) -> tuple[list[int], bool]:
 
 
 def request_of(
-    messages: Sequence[Message], profile: Profile, condition: Condition, backend: Backend, dimensions: Dimensions
+    messages: Sequence[Message],
+    profile: Profile,
+    condition: Condition,
+    backend: Backend,
+    dimensions: Dimensions,
+    *,
+    opening: tuple[tuple[str, bool], ...] = (),
 ) -> Request:
-    """What the engine is asked for under a condition, with seed 0."""
+    """What the engine is asked for under a condition, with seed 0; the reply is made to begin with ``opening``."""
     if condition.is_pad:
-        return _pad_request(messages, profile, condition, backend, dimensions)
+        return _pad_request(messages, profile, condition, backend, dimensions, opening)
     method = {"sharpened": "prompt", "shuffled": "linear"}.get(condition.name, condition.name)
     method = "prompt" if method.startswith("best-of-") else method
     strength = condition.strength if STRENGTHS[method] else None
-    plan = _plan(method, profile, condition, dimensions, strength)
+    plan = replace(_plan(method, profile, condition, dimensions, strength), opening=opening)
     request = build_request(plan, messages, backend.chat)
     if condition.name == "sharpened":
         request = replace(request, combiner=combine_sharpened, parameters=(condition.strength or 0.0,))
@@ -404,14 +437,19 @@ def request_of(
 
 
 def _pad_request(
-    messages: Sequence[Message], profile: Profile, condition: Condition, backend: Backend, dimensions: Dimensions
+    messages: Sequence[Message],
+    profile: Profile,
+    condition: Condition,
+    backend: Backend,
+    dimensions: Dimensions,
+    opening: tuple[tuple[str, bool], ...],
 ) -> Request:
     plan, guidance = _plan("pad", profile, condition, dimensions, condition.strength), backend.guidance()
     sampling, _ = candidate_rule(replace(plan.sampling, top_k=condition.top_k), None, None)
     scale = None if condition.name == "pad-prefix" else guidance.scale(plan.principle)
     beta = 0.0 if "best-of-" in condition.name else plan.strength or 0.0
     preference = "" if condition.name == "pad-weights" else plan.principle
-    return guidance.request(messages, preference, scale, beta, sampling)
+    return guidance.request(messages, preference, scale, beta, sampling, opening)
 
 
 def _rewards(

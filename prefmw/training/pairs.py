@@ -15,8 +15,6 @@ What is no pair (fields missing, empty, both replies equal) is counted by its re
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +22,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from prefmw.errors import MissingExtraError, UsageError
+from prefmw.errors import UsageError
 from prefmw.preferences import Message
+from prefmw.training.rows import read_rows
 
 GENERAL = "Generate a response that is helpful and harmless."
 """The preference of HH-RLHF's dialogues, which name none, in the words of the paper's template."""
@@ -44,7 +43,6 @@ ATTRIBUTES = {
 
 _HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _ROLES = ("system", "user", "assistant")
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def read_pairs(paths: Iterable[Path], preference: str | None = None) -> tuple[li
     left_out: Counter[str] = Counter()
     scored: dict[str, list[tuple[str, Mapping[str, float]]]] = defaultdict(list)
     for path in paths:
-        for row in _rows(path, left_out):
+        for row in read_rows(path, left_out):
             try:
                 if "response" in row and "chosen" not in row:
                     prompt = _text(row, "prompt")
@@ -211,57 +209,3 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise _NotAPairError("without chosen, rejected or prompt")
     return value
-
-
-def _rows(path: Path, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]:
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in _SUFFIXES:
-        raise UsageError(f"'{path}' is no file of pairs: expected {', '.join(_SUFFIXES)}, the first two also as .gz")
-    try:
-        if suffix == ".parquet":
-            yield from _parquet(path)
-            return
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode()
-    except (OSError, EOFError) as error:
-        raise UsageError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"'{path}' is not valid UTF-8; re-encode it") from error
-    if suffix == ".json":
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"'{path}' is no JSON: {error}") from error
-        if not isinstance(entries, list):
-            raise UsageError(f"'{path}' holds no list; expected one of objects")
-        yield from (entry for entry in entries if _is_row(entry, left_out))
-        return
-    for line in text.split("\n"):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            left_out["that are no JSON"] += 1
-            continue
-        if _is_row(entry, left_out):
-            yield entry
-
-
-def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise MissingExtraError("reading Parquet", "train") from error
-    try:
-        yield from parquet.read_table(path).to_pylist()
-    except ArrowException as error:
-        raise UsageError(
-            f"'{path}' is no Parquet file, or is cut short: {' '.join(str(error).split())[:200]}"
-        ) from error
-
-
-def _is_row(entry: Any, left_out: Counter[str]) -> bool:
-    if not isinstance(entry, dict):
-        left_out["that are no objects"] += 1
-    return isinstance(entry, dict)
