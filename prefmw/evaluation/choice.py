@@ -117,8 +117,9 @@ def composed_questions(split: Split, n: int, seed: int) -> list[Question]:
     """
     rng, composer = random.Random(f"{split}:{seed}:choice"), Composer(split, seed=seed, follow_rate=1.0)
     found = []
+    topics = rng.sample(composer.topics, len(composer.topics))
     for index in range(n):
-        topic = composer.topics[index % len(composer.topics)]
+        topic = topics[index % len(topics)]
         axes = rng.sample(AXES, len(LETTERS))
         wanted = [{axis: rng.choice((-1, 1))} for axis in axes]
         wordings = [load_styles().wordings[split][pole_name(*next(iter(one.items())))] for one in wanted]

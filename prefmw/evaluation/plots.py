@@ -60,9 +60,13 @@ def plot_methods(
     names = list(dict.fromkeys(map(line, rows)))
     groups = [name for name in dict.fromkeys(row[group] for row in rows) if name != "all"]
     groups = ["all", *groups] if any(row[group] == "all" for row in rows) else groups
-    figure = Figure(figsize=(2.2 + 1.75 * len(groups), 1.1 + 0.28 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(groups), sharey=True, sharex=True, squeeze=False)[0]
-    for panel, name in zip(panels, groups, strict=True):
+    lines, across = -(-len(groups) // 3), min(3, len(groups))
+    size = (2.0 + 2.0 * across, 0.5 + lines * (0.6 + 0.24 * len(names)))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, across, sharey=True, sharex=True, squeeze=False).flatten()
+    for panel in panels[len(groups) :]:
+        panel.set_visible(False)
+    for panel, name in zip(panels, groups, strict=False):
         for row in [row for row in rows if row[group] == name]:
             place = len(names) - 1 - names.index(line(row))
             low, high = row["ci95"]
@@ -72,7 +76,7 @@ def plot_methods(
         if chance is not None:
             panel.axvline(chance, color="black", linestyle=":", linewidth=1)
         panel.set_title(name, fontsize=10, fontweight="bold" if name == "all" else "normal")
-        panel.set(xlim=(0, 1), xticks=(0, 0.5, 1))
+        panel.set(xlim=(-0.04, 1.04), xticks=(0, 0.5, 1))
         panel.grid(alpha=0.3, axis="x")
     panels[0].set_yticks(range(len(names)), list(reversed(names)))
     figure.supxlabel(label, fontsize=10)

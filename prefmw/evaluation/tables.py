@@ -48,7 +48,10 @@ def number(value: float | None, digits: int = 2) -> str:
 def interval(row: Row | None, digits: int = 2) -> str:
     """A row's 95% interval."""
     ends = row.get("ci95") if row else None
-    return "{:.{d}f} to {:.{d}f}".format(*ends, d=digits) if ends else "–"
+    if not ends:
+        return "–"
+    low, high = (f"{end:.{digits}f}" for end in ends)
+    return f"{low}–{high}" if ends[0] >= 0 else f"{low} to {high}"
 
 
 def difference(row: Row | None) -> str:
