@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help chat test check format tiny readout clean
+.PHONY: help chat test check format tiny readout results clean
 
 help: ## List these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,6 +35,9 @@ readout: $(READY) ## Refit the read-out of preferences, resuming a fit that was 
 	mkdir -p build prefmw/assets/readouts
 	$(BIN)/prefmw prefs fit-readout --out build/all-MiniLM-L6-v2.safetensors
 	cp build/all-MiniLM-L6-v2.safetensors prefmw/assets/readouts/
+
+results: $(READY) ## Remake every table and figure of docs/results.md, resuming runs that were killed
+	docs/results.sh $(BIN)/prefmw build/results
 
 format: $(READY) ## Format the code and mend what ruff can
 	$(BIN)/ruff format .

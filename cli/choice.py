@@ -60,10 +60,8 @@ def choice(
     check_split(split)
     if way not in ("letter", "likelihood"):
         raise UsageError(f"a choice is read by letter or likelihood, got '{way[:40]}'")
-    if ratios is not None and strength:
-        raise UsageError("--ratios sweeps Linear Alignment's strength; give it or --strength")
-    asked, swept = names(methods), numbers(ratios, "--ratios") if ratios is not None else (strength or [])
-    rows = choice_conditions(asked, swept, way, controls=controls)  # type: ignore[arg-type]
+    swept = numbers(ratios, "--ratios") if ratios is not None else []
+    rows = choice_conditions(names(methods), strength or [], way, ratios=swept, controls=controls)  # type: ignore[arg-type]
     questions = _questions(data, split, n, seed)
     is_split = data is None or data == "composed" or any(question.split for question in questions)
     if split == "test" and is_split and any(_count(rows, name) > 1 for name in ("linear", "drift", "pad")):

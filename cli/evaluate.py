@@ -13,6 +13,7 @@ from prefmw.cli.choice import choice
 from prefmw.cli.options import JsonOption, PersRMOption, read_texts, registry
 from prefmw.cli.output import loading, print_json, print_table, printable, progress, progress_bar, shorten, stages
 from prefmw.cli.report import report
+from prefmw.cli.rewards import rewards
 from prefmw.cli.running import OutOption, check_split, finish, names
 from prefmw.errors import MissingExtraError, UsageError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Steering, inference and learning, measured.", no_args_is_help=True)
 app.command("choice")(choice)
+app.command("rewards")(rewards)
 app.command("report")(report)
 
 

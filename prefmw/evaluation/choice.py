@@ -161,14 +161,18 @@ def draw(questions: Sequence[Question], seed: int, *, everybody: bool = False) -
 
 
 def choice_conditions(
-    methods: Sequence[str], strengths: Sequence[float], way: Way, *, controls: bool
+    methods: Sequence[str], strengths: Sequence[float], way: Way, *, ratios: Sequence[float] = (), controls: bool
 ) -> list[Condition]:
-    """The rows of a table, greedy: each method, once per strength where it takes one, then the controls.
+    """The rows of a table, greedy: each method, once per strength where it takes one (linear once per ratio, where
+    ``ratios`` are given), then the controls.
 
     Raises:
         UsageError: an unknown method, or a strength out of range.
     """
-    rows = [replace(row, temperature=0.0) for row in conditions(methods, strengths, 0.0, controls=False)]
+    rows = []
+    for method in methods:
+        rows += conditions([method], ratios if method == "linear" and ratios else strengths, 0.0, controls=False)
+    rows = [replace(row, temperature=0.0) for row in rows]
     if controls:
         for ratio in [row.strength for row in rows if row.name == "linear"]:
             rows += [Condition(name, ratio, 0.0) for name in ("sharpened", "shuffled")]

@@ -32,6 +32,10 @@ def draw_result(result: Mapping[str, Any], path: Path) -> bool:
             plot_ratios(rows, path)
         else:
             plot_methods(rows, path, group="domain", value="accuracy", label="right answers", chance=0.25)
+    elif command == "rewards":
+        plot_methods(
+            [row for row in rows if row["reward"] != "all"], path, group="reward", value="mean", label="reward"
+        )
     elif command == "dials":
         plot_dials(result["dials"], path)
     else:
@@ -55,6 +59,7 @@ def plot_methods(
         one = Condition(row["method"], row.get("strength"), row.get("temperature") or 0.0, row.get("top_k"))
         return one.label + (f" at {one.temperature:g}" if row.get("temperature") not in (None, usual) else "")
 
+    shares = value != "mean"
     heats = [row.get("temperature") for row in rows]
     usual = max(set(heats), key=heats.count)
     names = list(dict.fromkeys(map(line, rows)))
@@ -63,7 +68,7 @@ def plot_methods(
     lines, across = -(-len(groups) // 3), min(3, len(groups))
     size = (2.0 + 2.0 * across, 0.5 + lines * (0.6 + 0.24 * len(names)))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(lines, across, sharey=True, sharex=True, squeeze=False).flatten()
+    panels = figure.subplots(lines, across, sharey=True, sharex=shares, squeeze=False).flatten()
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
     for panel, name in zip(panels, groups, strict=False):
@@ -76,7 +81,8 @@ def plot_methods(
         if chance is not None:
             panel.axvline(chance, color="black", linestyle=":", linewidth=1)
         panel.set_title(name, fontsize=10, fontweight="bold" if name == "all" else "normal")
-        panel.set(xlim=(-0.04, 1.04), xticks=(0, 0.5, 1))
+        if shares:
+            panel.set(xlim=(-0.04, 1.04), xticks=(0, 0.5, 1))
         panel.grid(alpha=0.3, axis="x")
     panels[0].set_yticks(range(len(names)), list(reversed(names)))
     figure.supxlabel(label, fontsize=10)

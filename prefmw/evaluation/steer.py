@@ -271,7 +271,7 @@ def steer_rows(
         opinions = judge.measure([answer.text for answer in answered]) if judge else None
         for axis in (*AXES, "all"):
             chosen = [index for index, item in enumerate(items) if axis in (item.axis, "all")]
-            row = _row(condition, axis, [answered[index] for index in chosen])
+            row = row_of(condition, axis, [answered[index] for index in chosen])
             baseline = prompted.get(condition.temperature)
             if baseline is not None and condition.name != "prompt":
                 row["over_prompt"] = _difference(
@@ -295,7 +295,8 @@ def combine_sharpened(views: Sequence[Tensor], parameters: Tensor) -> Combined:
     return Combined((1 + parameters[:, :1]) * logits, logits)
 
 
-def _row(condition: Condition, axis: str, answered: list[Answered]) -> dict[str, Any]:
+def row_of(condition: Condition, axis: str, answered: list[Answered]) -> dict[str, Any]:
+    """A table's row of the replies on one axis, or on all, but for what compares it with other conditions."""
     hits = [float(answer.followed) for answer in answered]
     low, high = cluster_interval(hits, [answer.item.preference for answer in answered])
     return {
@@ -359,14 +360,20 @@ def replies_to(
     dimensions: Dimensions,
     seed: int,
     progress: Callable[[int], None],
+    *,
+    principles: Sequence[str] | None = None,
 ) -> tuple[list[str], float, int]:
-    """The replies' texts, the seconds they took together, and their tokens."""
+    """The replies' texts, the seconds they took together, and their tokens. ``principles`` are what steers them, where
+    that is in words of its own and not the profiles'.
+    """
+    words = principles or [principle_text(profile, dimensions) for profile in profiles]
     chat = backend.chat
     many = int(condition.name.rpartition("-")[2]) if "best-of-" in condition.name else 1
     requests = [
         replace(request, sampling=replace(request.sampling, seed=seed + index * many + copy))
         for index, (messages, profile) in enumerate(zip(conversations, profiles, strict=True))
-        for request in [request_of(messages, profile, condition, backend, dimensions)]
+        for own in [principles[index] if principles else None]
+        for request in [request_of(messages, profile, condition, backend, dimensions, principle=own)]
         for copy in range(many)
     ]
     started = time.perf_counter()
@@ -379,9 +386,9 @@ def replies_to(
         for index, messages in enumerate(conversations):
             candidates = said[index * many : (index + 1) * many]
             if condition.is_pad:
-                gains = _rewards(candidates, messages, profiles[index], backend, dimensions)
+                gains = _rewards(candidates, messages, words[index], backend)
             else:
-                plan = _plan("linear", profiles[index], condition, dimensions, strength=1.0)
+                plan = _plan("linear", profiles[index], condition, dimensions, 1.0, words[index])
                 gains = _gains(
                     candidates, [view.context for view in build_request(plan, messages, chat).views], backend
                 )
@@ -421,15 +428,18 @@ def request_of(
     backend: Backend,
     dimensions: Dimensions,
     *,
+    principle: str | None = None,
     opening: tuple[tuple[str, bool], ...] = (),
 ) -> Request:
-    """What the engine is asked for under a condition, with seed 0; the reply is made to begin with ``opening``."""
+    """What the engine is asked for under a condition, with seed 0; ``principle`` stands in for the profile's, and the
+    reply is made to begin with ``opening``.
+    """
     if condition.is_pad:
-        return _pad_request(messages, profile, condition, backend, dimensions, opening)
+        return _pad_request(messages, profile, condition, backend, dimensions, principle, opening)
     method = {"sharpened": "prompt", "shuffled": "linear"}.get(condition.name, condition.name)
     method = "prompt" if method.startswith("best-of-") else method
     strength = condition.strength if STRENGTHS[method] else None
-    plan = replace(_plan(method, profile, condition, dimensions, strength), opening=opening)
+    plan = replace(_plan(method, profile, condition, dimensions, strength, principle), opening=opening)
     request = build_request(plan, messages, backend.chat)
     if condition.name == "sharpened":
         request = replace(request, combiner=combine_sharpened, parameters=(condition.strength or 0.0,))
@@ -442,9 +452,10 @@ def _pad_request(
     condition: Condition,
     backend: Backend,
     dimensions: Dimensions,
+    principle: str | None,
     opening: tuple[tuple[str, bool], ...],
 ) -> Request:
-    plan, guidance = _plan("pad", profile, condition, dimensions, condition.strength), backend.guidance()
+    plan, guidance = _plan("pad", profile, condition, dimensions, condition.strength, principle), backend.guidance()
     sampling, _ = candidate_rule(replace(plan.sampling, top_k=condition.top_k), None, None)
     scale = None if condition.name == "pad-prefix" else guidance.scale(plan.principle)
     beta = 0.0 if "best-of-" in condition.name else plan.strength or 0.0
@@ -455,20 +466,27 @@ def _pad_request(
 def _rewards(
     replies: Sequence[list[int]],
     messages: Sequence[Message],
-    profile: Profile,
+    preference: str,
     backend: Backend,
-    dimensions: Dimensions,
 ) -> list[float]:
     """What the PersRM makes of each reply, nats; those that came to their end hold its token."""
-    guidance, preference = backend.guidance(), principle_text(profile, dimensions)
+    guidance = backend.guidance()
     ends = [bool(reply) and reply[-1] in backend.chat.stop_ids for reply in replies]
     said = [(reply[:-1] if end else reply, end) for reply, end in zip(replies, ends, strict=True)]
     return guidance.rewards(messages, preference, guidance.scale(preference), said, backend.engine)
 
 
-def _plan(method: str, profile: Profile, condition: Condition, dimensions: Dimensions, strength: float | None) -> Plan:
+def _plan(
+    method: str,
+    profile: Profile,
+    condition: Condition,
+    dimensions: Dimensions,
+    strength: float | None,
+    principle: str | None = None,
+) -> Plan:
     sampling = Sampling(temperature=condition.temperature, top_p=TOP_P, top_k=None, max_tokens=MAX_TOKENS, seed=0)
-    return make_plan(profile, dimensions, method, strength, sampling)
+    plan = make_plan(profile, dimensions, method, strength, sampling)
+    return plan if principle is None or method == "drift" else replace(plan, principle=principle)
 
 
 def _gains(replies: Sequence[list[int]], contexts: Sequence[Sequence[int]], backend: Backend) -> list[float]:

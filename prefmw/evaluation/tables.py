@@ -159,6 +159,26 @@ def chords_table(rows: Sequence[Row]) -> Table:
     )
 
 
+def rewards_table(rows: Sequence[Row]) -> Table:
+    """``eval rewards``: PAD's table 2, with diversity."""
+    names = [name for name in dict.fromkeys(row["reward"] for row in rows) if name != ALL]
+    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault((label(row), row["temperature"]), {})[row["reward"]] = row
+    heats = [heat for _, heat in lines]
+    body = []
+    for (method, heat), line in lines.items():
+        whole = line[ALL]
+        cells = [f"{number(line[name]['mean'])} ({interval(line[name])})" for name in names]
+        over = [difference(line[name].get("over_prompt")) for name in names]
+        won = {"ci95": whole.get("win_ci95")}
+        wins = f"{number(whole['win_rate'])} ({interval(won)})" if "win_rate" in whole else "–"
+        name = method if heat == max(heats, key=heats.count) else f"{method} at {heat:g}"
+        body.append([name, *cells, *over, number(whole["diversity"]), wins, number(whole["cost_ratio"], 1)])
+    heads = [f"{name} over prompting" for name in names]
+    return Table(["method", *names, *heads, "diversity", "win rate", "cost"], body)
+
+
 def learners_table(rows: Sequence[Row]) -> Table:
     """``eval choices``: how near what is learned comes to the truth."""
     head = ["learner", "wrong", "cosine", "95%", "enough for random pairs'"]
@@ -187,6 +207,12 @@ KINDS = {
         "How often the answer written for whoever asks is chosen, of four. 0.25 is chance. Intervals resample "
         "questions; cost is the time per token over that of plain decoding.",
         {"rows": choice_table},
+    ),
+    "rewards": Kind(
+        "Rewards",
+        "What reward models make of each method's replies; diversity is the product of unique over all 2-, 3- and "
+        "4-grams; the win rate is over the replies of the model left alone. Intervals resample preferences.",
+        {"rows": rewards_table},
     ),
     "dials": Kind(
         "Dials",

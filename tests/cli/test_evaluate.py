@@ -125,7 +125,7 @@ def test_mistakes_are_one_line(prefmw, runs, tmp_path):
         ([*CHOICE, "--ratios", "1,2"], "--split dev"),
         ([*CHOICE, "--ratios", "one"], "numbers joined by commas"),
         ([*CHOICE, "--ratios", ""], "numbers joined by commas"),
-        ([*CHOICE, "--ratios", "1", "--strength", "2"], "give it or --strength"),
+        ([*CHOICE, "--strength", "99"], "[0, 10]"),
         ([*CHOICE, "--ratios", "11", "--split", "dev"], "[0, 10]"),
         ([*CHOICE, "--data", str(data)], "domain, preference_a"),
         ([*CHOICE, "--data", str(tmp_path / "empty.jsonl")], "no question"),
@@ -136,4 +136,25 @@ def test_mistakes_are_one_line(prefmw, runs, tmp_path):
     ):
         code, out, err = prefmw(*arguments)
         assert (code, out, err.count("\n")) == (2, "", 1), (arguments, err)
+        assert said in err, (said, err)
+
+
+def test_rewards_are_told_and_mistakes_are_one_line(prefmw, tmp_path, tiny):
+    arguments = ["eval", "rewards", "--n", "1", "--split", "dev", "--methods", "none,prompt", "--no-controls"]
+    arguments += ["--reward", "zero-shot", "--judge", "oracle"]
+    code, out, _ = prefmw(*arguments, "--out", str(tmp_path / "run"))
+    assert (code, "win rate" in out, "diversity" in out) == (0, True, True)
+    assert (tmp_path / "run" / "figure.png").exists()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "How?"}\n')
+    for more, said in (
+        (["--reward", "nothing"], "NAME=MODEL"),
+        (["--reward", "x=/nowhere"], "no reward model"),
+        (["--data", str(prompts)], "name reward models"),
+        (["--data", "/nowhere.jsonl", "--reward", "x=y"], "cannot be read"),
+        (["--data", str(prompts), "--reward", "zero-shot", "--methods", "drift"], "drift acts by weights"),
+        (["--data", str(prompts), "--reward", "zero-shot", "--methods", "none"], "judges held-out questions alone"),
+    ):
+        code, out, err = prefmw("eval", "rewards", *more)
+        assert (code, out, err.count("\n")) == (2, "", 1), (more, err)
         assert said in err, (said, err)
