@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefmw._version import __version__
 from prefmw.errors import UsageError
@@ -66,7 +66,9 @@ class Run:
     def _claim(self, folder: Path) -> None:
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"'{folder}' is no folder; name one with --out")
-        ours = {"format": FORMAT, "command": self.command, "settings": self.settings, **_made_by()}
+        found = git()
+        ours = {"format": FORMAT, "command": self.command, "settings": self.settings}
+        ours |= {"versions": versions(), "code": found.code if found else None}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / ABOUT).is_file() and any(folder.iterdir()):
@@ -82,7 +84,7 @@ class Run:
     def _compare(folder: Path, ours: Mapping[str, Any]) -> None:
         theirs = read_json(folder / ABOUT)
         check_format(folder, theirs)
-        for key in ("command", "settings", "versions", "git"):
+        for key in ("command", "settings", "versions", "code"):
             if theirs.get(key) != json.loads(json.dumps(ours[key])):
                 told = {"command": "another command", "settings": "other settings"}.get(key, "another version")
                 raise UsageError(
@@ -142,25 +144,33 @@ def versions() -> dict[str, str]:
 
 
 def _made_by() -> dict[str, Any]:
-    return {"versions": versions(), "git": git_hash()}
+    found = git()
+    return {"versions": versions(), "git": found.commit if found else None}
+
+
+class Checkout(NamedTuple):
+    """The commit that this package is checked out at, with ``-dirty`` behind it where the package's files differ; and
+    what the package is there, which other commits may share.
+    """
+
+    commit: str
+    code: str
 
 
 @cache
-def git_hash() -> str | None:
-    """The commit that this package is checked out at, with ``-dirty`` behind it where files differ; ``None`` where it
-    is installed otherwise.
-    """
-    here = Path(__file__).resolve().parent
+def git() -> Checkout | None:
+    """Where this package is checked out; ``None`` where it is installed otherwise."""
+    here = Path(__file__).resolve().parents[1]
 
-    def git(*arguments: str) -> str:
+    def run(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        if git("ls-files", "--error-unmatch", Path(__file__).name) == "":
+        if not run("ls-files", "--error-unmatch", "evaluation/runs.py"):
             return None  # an environment that lies in somebody else's repository
-        commit = git("rev-parse", "--short=12", "HEAD")
-        return f"{commit}-dirty" if git("status", "--porcelain", "--untracked-files=no") else commit
+        changed = "-dirty" if run("status", "--porcelain", "--", ".") else ""
+        return Checkout(run("rev-parse", "--short=12", "HEAD") + changed, run("rev-parse", "HEAD:./") + changed)
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -8,7 +8,7 @@ import pytest
 
 from prefmw.errors import UsageError
 from prefmw.evaluation import runs
-from prefmw.evaluation.runs import FORMAT, Run, git_hash
+from prefmw.evaluation.runs import FORMAT, Run, git
 
 SETTINGS = {"seed": 1, "n": 3, "conditions": ["none"]}
 
@@ -59,7 +59,7 @@ def test_a_line_that_a_kill_cut_off_is_measured_again(folder):
         ({"settings": {**SETTINGS, "seed": 2}}, "other settings .*seed: 2, here 1"),
         ({"command": "choice"}, "another command"),
         ({"versions": {"prefmw": "0.0.1", "torch": "1", "transformers": "4"}}, "another version .*prefmw: 0.0.1"),
-        ({"git": "0123456789ab"}, "another version .*0123456789ab"),
+        ({"code": "0123456789ab"}, "another version .*0123456789ab"),
         ({"format": FORMAT + 1}, "another version .*format"),
         ({"format": None}, "another version .*format"),
     ],
@@ -99,9 +99,12 @@ def test_damaged_units_are_refused(folder):
 
 
 def test_the_commit_is_that_of_this_checkout_or_none(monkeypatch):
-    found = git_hash()
-    assert found is None or (len(found.removesuffix("-dirty")) == 12)
-    git_hash.cache_clear()
+    found = git()
+    assert found is None or (len(found.commit.removesuffix("-dirty")), len(found.code.removesuffix("-dirty"))) == (
+        12,
+        40,
+    )
+    git.cache_clear()
     monkeypatch.setattr(runs.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError()))
-    assert git_hash() is None
-    git_hash.cache_clear()
+    assert git() is None
+    git.cache_clear()
