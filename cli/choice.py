@@ -70,9 +70,9 @@ def choice(
     with loading(settings.model):
         backend = load_backend(settings)
         guided = backend.guidance().label if any(row.is_pad for row in rows) else None
-    drawn = draw(questions, seed, everybody=everybody)
+    drawn, dimensions = draw(questions, seed, everybody=everybody), load_dimensions(settings)
     about = {
-        **model_used(backend),
+        **model_used(backend, dimensions),
         "by": way,
         "data": Path(data).name if data else "shipped",
         "data_digest": digest(questions),
@@ -92,7 +92,7 @@ def choice(
             rows,
             way,  # type: ignore[arg-type]
             backend,
-            load_dimensions(settings),
+            dimensions,
             run,
             lambda row, count: bar.update(tasks[row], completed=count),
         )
@@ -125,8 +125,8 @@ def _file(data: str) -> Path:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"no data '{data[:80]}': no such file here, nor on the hub: {reason}") from error
     found = sorted(
-        file for ending in ("jsonl", "json", "parquet") for file in folder.rglob(f"*.{ending}") if file.is_file()
+        file for ending in ("jsonl", "json", "csv", "parquet") for file in folder.rglob(f"*.{ending}") if file.is_file()
     )
     if not found:
-        raise UsageError(f"the data set '{data[:80]}' holds no .jsonl, .json or .parquet file; name a file of it")
+        raise UsageError(f"the data set '{data[:80]}' holds no .jsonl, .json, .csv or .parquet file; name a file of it")
     return found[0]

@@ -87,8 +87,9 @@ def steer(
         if any(row.is_pad for row in rows):
             backend.guidance()  # what is amiss with it is told before anything is asked
         judge = SecondOpinion() if second_opinion else None
+    dimensions = load_dimensions(settings)
     about = {
-        **model_used(backend),
+        **model_used(backend, dimensions),
         "split": split,
         "further": further,
         "n": n,
@@ -118,7 +119,7 @@ def steer(
             rows,
             n,
             backend,
-            load_dimensions(settings),
+            dimensions,
             seed=seed,
             further=further,
             judge=judge,
@@ -216,8 +217,9 @@ def turn_dials(
     settings = load_settings({"model": model})
     with loading(settings.model):
         backend = load_backend(settings)
+    dimensions = load_dimensions(settings)
     about = {
-        **model_used(backend),
+        **model_used(backend, dimensions),
         "split": split,
         "n": n,
         "seed": seed,
@@ -234,7 +236,7 @@ def turn_dials(
         def advance(count: int) -> None:
             bar.advance(task, count)
 
-        trial = Trial(split, n, backend, load_dimensions(settings), seed, advance, run)  # type: ignore[arg-type]
+        trial = Trial(split, n, backend, dimensions, seed, advance, run)  # type: ignore[arg-type]
         dials, chords = dial_rows(trial, gains), chord_rows(trial, beside)
     if plot is not None:
         plot_dials(dials, plot)

@@ -26,7 +26,7 @@ def rewards(
         list[str] | None,
         typer.Option(
             "--reward",
-            help="NAME=MODEL[:OUTPUT], a sequence classification model; or zero-shot or second-opinion. Several times.",
+            help="NAME=MODEL[:OUTPUT][|TEMPLATE], a sequence classification model; or zero-shot or second-opinion.",
         ),
     ] = None,
     judge: Annotated[
@@ -93,7 +93,7 @@ def rewards(
         found = {name: _reward(name, source, backend, dimensions) for name, source in map(_named, sources)}
         verdict = _judge(judge)
     about = {
-        **model_used(backend),
+        **model_used(backend, dimensions),
         "rewards": sources,
         "judge": judge,
         "data": data.name if data else "held-out",
@@ -141,10 +141,12 @@ def _reward(name: str, source: str, backend: Backend, dimensions: Dimensions) ->
         return reward_models.zero_shot(backend, dimensions)
     if source == "second-opinion":
         return reward_models.second_opinion()
+    source, bar, template = source.partition("|")
+    filled = template.replace("\\n", "\n") if bar else None
     where, colon, output = source.rpartition(":")
     if colon and output.isdecimal():
-        return reward_models.reward_model(where, int(output))
-    return reward_models.reward_model(source, None)
+        return reward_models.reward_model(where, int(output), filled)
+    return reward_models.reward_model(source, None, filled)
 
 
 def _judge(judge: str | None) -> Judge | None:

@@ -224,7 +224,8 @@ def _coloured(one: Shown) -> Text:
     for step in one.found.steps:
         background = colour(step.said.change)
         said = f" {END} " if step.said.end else printable(step.said.text)
-        text.append(said, style=f"#101010 on {background}" if background else "dim" if step.said.end else "")
+        text.append(said[: len(said) - len(said.lstrip())])
+        text.append(said.lstrip(), style=f"#101010 on {background}" if background else "dim" if step.said.end else "")
     return text
 
 
@@ -246,7 +247,7 @@ def _bracketed(one: Shown) -> str:
 def _legend() -> Text:
     from rich.text import Text
 
-    text = Text("\nby the preference  ", style="dim")
+    text = Text("\n").append("by the preference  ", style="dim")
     for factor in (3, 10, 100):
         text.append(f" ×{factor} ", style=f"#101010 on {colour(math.log(factor))}").append(" ")
     text.append(" likelier   ", style="dim")

@@ -18,6 +18,7 @@ ratio.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import random
 import time
@@ -87,13 +88,13 @@ class Drawn:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions in a file of JSON lines, a JSON list or Parquet with the paper's columns.
+    """The questions in a file of JSON lines, a JSON list, CSV or Parquet with the paper's columns.
 
     Raises:
         UsageError: the file cannot be read or is empty, or a row lacks a column or holds no text there.
     """
     left_out: Counter[str] = Counter()
-    rows = list(read_rows(path, left_out))
+    rows = _csv(path) if path.suffix == ".csv" else list(read_rows(path, left_out))
     if not rows or left_out:
         told = "; ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise UsageError(f"'{path}' holds {'rows ' + told if told else 'no question'}; expected one question a row")
@@ -327,6 +328,14 @@ def _gain(combined: Combined, views: Sequence[Tensor], tokens: Tensor) -> list[f
     without, with_principle = (_log_probability(view, tokens) for view in views)
     found: list[float] = (with_principle - without).tolist()
     return found
+
+
+def _csv(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"'{path}' cannot be read as CSV in UTF-8") from error
 
 
 def _question(row: Mapping[str, Any], number: int, path: Path) -> Question:

@@ -32,17 +32,20 @@ class Said(NamedTuple):
 Reward = Callable[[Sequence[Said]], list[float]]
 
 
-def reward_model(source: str, output: int | None, device: str = "auto") -> Reward:
+def reward_model(source: str, output: int | None, template: str | None = None, device: str = "auto") -> Reward:
     """A sequence classification model, by folder or hub id, as reward.
 
-    It reads question and reply in its tokenizer's chat template, where there is one, and else as a pair of texts. Of
-    several outputs ``output`` is the reward; by default the only one, or of two the second, as classifiers have it.
+    It reads ``template`` with ``{prompt}`` and ``{response}`` filled in; without one, question and reply in its
+    tokenizer's chat template, where there is one, and else as a pair of texts. Of several outputs ``output`` is the
+    reward; by default the only one, or of two the second, as classifiers have it.
 
     Raises:
         ModelNotFoundError: it is not to be found.
         ModelError: it cannot be loaded.
-        UsageError: it has several outputs and none was chosen, or not so many.
+        UsageError: it has several outputs and none was chosen, or not so many; or the template has no {response}.
     """
+    if template is not None and "{response}" not in template:
+        raise UsageError("a reward model's template holds {response}, and {prompt} where it reads that too")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -69,6 +72,9 @@ def reward_model(source: str, output: int | None, device: str = "auto") -> Rewar
     def read(said: Sequence[Said]) -> Any:
         longest = min(int(tokenizer.model_max_length), int(getattr(model.config, "max_position_embeddings", 1 << 20)))
         options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": longest}
+        if template is not None:
+            filled = [template.replace("{prompt}", one.question).replace("{response}", one.reply) for one in said]
+            return tokenizer(filled, **options)
         if getattr(tokenizer, "chat_template", None):
             texts = [
                 tokenizer.apply_chat_template(

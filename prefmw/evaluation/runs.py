@@ -7,6 +7,7 @@ A run's folder holds ``run.json`` (what decides it), ``units.jsonl`` (what is me
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from prefmw._version import __version__
 from prefmw.errors import UsageError
 from prefmw.personalizer import Backend
+from prefmw.preferences import Dimensions
 
 FORMAT = 1
 """Of a run's folder; another one is refused."""
@@ -132,10 +134,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def model_used(backend: Backend) -> dict[str, str]:
-    """What a result says of the chat model."""
+def model_used(backend: Backend, dimensions: Dimensions) -> dict[str, Any]:
+    """What a result says of the chat model, and of the words and gains that preferences are put to it with."""
     chat = backend.chat
-    return {"model": chat.name, "model_revision": chat.revision, "dtype": chat.dtype, "device": str(chat.device)}
+    return {
+        "model": chat.name,
+        "model_revision": chat.revision,
+        "dtype": chat.dtype,
+        "device": str(chat.device),
+        "quantization": chat.spec.quantization,
+        "template_options": chat.spec.template_options,
+        "dimensions": hashlib.sha256(repr(tuple(dimensions.items())).encode()).hexdigest()[:16],
+    }
 
 
 def versions() -> dict[str, str]:

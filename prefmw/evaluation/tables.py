@@ -103,11 +103,15 @@ def pivoted(rows: Sequence[Row], group: str, value: str, tail: Mapping[str, Call
 
 def steer_table(rows: Sequence[Row]) -> Table:
     """``eval steer``: followed styles by axis."""
+    judged: dict[str, Callable[[Row], str]] = {}
+    if any("second_opinion" in row for row in rows):
+        judged["second opinion"] = lambda row: number(row.get("second_opinion"))
     return pivoted(
         rows,
         "axis",
         "followed",
         {
+            **judged,
             "over prompting": lambda row: difference(row.get("over_prompt")),
             "relevant": lambda row: number(row["relevance"]),
             "helpful": lambda row: number(row["helpfulness"], 0),

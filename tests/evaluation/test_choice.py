@@ -82,6 +82,9 @@ def test_the_paper_s_columns_are_read(tmp_path):
     assert one.people == tuple(f"preference_{letter} text" for letter in "abcd")
     assert one.answers[2] == "answer_c text"
     assert of_split([one], "test") == [one]
+    path = tmp_path / "data.csv"
+    path.write_text(",".join(COLUMNS) + "\n" + ",".join(ROW[name] for name in COLUMNS) + "\n")
+    assert read_questions(path) == [one]
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,18 @@ def folder(tmp_path_factory):
 
 def test_a_reward_model_scores_as_it_does_alone(folder):
     said = [Said("How?", f"Reply {'again ' * index}.", None) for index in range(20)]
-    together = reward_model(str(folder), 2, "cpu")(said)
-    alone = [reward_model(str(folder), 2, "cpu")([one])[0] for one in said[:3]]
+    together = reward_model(str(folder), 2)(said)
+    alone = [reward_model(str(folder), 2)([one])[0] for one in said[:3]]
     assert together[:3] == pytest.approx(alone, abs=1e-5)
     assert len(set(together)) > 10
-    assert together != reward_model(str(folder), 0, "cpu")(said)
+    assert together != reward_model(str(folder), 0)(said)
+    alike = [Said("How?", "Reply.", None), Said("Why?", "Reply.", None)]
+    one, other = reward_model(str(folder), 2, "{response}")(alike)
+    assert one == pytest.approx(other)
+    one, other = reward_model(str(folder), 2, "{prompt} {response}")(alike)
+    assert one != pytest.approx(other)
+    with pytest.raises(UsageError, match="template holds {response}"):
+        reward_model(str(folder), 2, "{prompt}")
 
 
 def test_a_model_of_several_outputs_needs_one_chosen(folder):
