@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from prefmw.cli.output import printable
 from prefmw.cli.page import page_of
 from prefmw.cli.why import END, TOLD, Shown, colour, percent, times, token_text
 
@@ -80,7 +81,7 @@ def _reply(one: Shown, *, asked: bool) -> str:
 
 def _token(step: Step) -> str:
     said = step.said
-    text = f'<span class="end">{END}</span>' if said.end else escape(said.text)
+    text = f'<span class="end">{END}</span>' if said.end else escape(printable(said.text))
     space = text[: len(text) - len(text.lstrip())]
     background = colour(said.change)
     style = f' style="background:{background}"' if background else ""

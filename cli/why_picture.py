@@ -8,6 +8,7 @@ from html import escape
 from textwrap import wrap
 from typing import TYPE_CHECKING, NamedTuple
 
+from prefmw.cli.output import printable
 from prefmw.cli.why import END, TOLD, Shown, colour, percent, times, token_text
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def picture(shown: Sequence[Shown]) -> str:
     asked = list(dict.fromkeys(one.found.prompt for one in shown))
     parts: list[str] = []
     y = 46.0
-    for line in wrap(f"“{asked[0]}”", 70) if len(asked) == 1 else ["Why these words"]:
+    for line in _lines(f"“{asked[0]}”", 70) if len(asked) == 1 else ["Why these words"]:
         parts.append(_text(MARGIN, y, line, size=21, weight=600))
         y += 28
     parts.append(_legend(y))
@@ -64,7 +65,7 @@ def _panel(one: Shown, y: float, *, asked: bool) -> tuple[list[str], float]:
     y += 30
     parts.append(_text(MARGIN, y, one.profile.user_id, size=17, weight=700))
     name = 11.0 * len(one.profile.user_id) + 14
-    lines = [*(wrap(f"“{one.found.prompt}”", 88) if asked else []), *wrap(one.about, 88)]
+    lines = [*(_lines(f"“{one.found.prompt}”", 88) if asked else []), *_lines(one.about, 88)]
     for line in lines:
         parts.append(_text(MARGIN + name, y, line, size=15, fill=SOFT))
         y += 20
@@ -93,6 +94,11 @@ def _panel(one: Shown, y: float, *, asked: bool) -> tuple[list[str], float]:
         parts += _bars(step, y)
         y += 25
     return parts, y + 10
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """The text on up to three lines."""
+    return wrap(text, width, max_lines=3, placeholder=" …")
 
 
 def _bars(step: Step, y: float) -> list[str]:
@@ -137,7 +143,7 @@ def _words(steps: Iterable[Step]) -> Iterator[list[tuple[str, str | None, bool]]
     """Tokens that belong together: those that no white space parts."""
     word: list[tuple[str, str | None, bool]] = []
     for step in steps:
-        text = f" {END}" if step.said.end else " ".join(f".{step.said.text}.".split())[1:-1]
+        text = f" {END}" if step.said.end else " ".join(f".{printable(step.said.text)}.".split())[1:-1]
         if word and text.startswith(" "):
             yield word
             word = []
@@ -176,5 +182,5 @@ def _text(
     fixed = f' textLength="{width:.1f}" lengthAdjust="spacingAndGlyphs"' if width else ""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-family="{escape(family)}" font-size="{size}" font-weight="{weight}" '
-        f'fill="{fill}"{fixed} xml:space="preserve">{escape(text)}</text>'
+        f'fill="{fill}"{fixed} xml:space="preserve">{escape(printable(text))}</text>'
     )

@@ -6,6 +6,7 @@ prefmw=$1
 runs=$2
 docs=$(dirname "$0")
 mkdir -p "$runs" "$docs/figures"
+export PREFMW_HOME="$runs/home" # nobody's calibrations, nobody's settings
 measure() { # NAME COMMAND...: one run, and its figure among the document's
   local name=$1
   shift
@@ -29,9 +30,8 @@ measure rewards-test rewards --split test --methods none,prompt,linear,pad --str
 measure choices choices
 measure inference inference "$docs/../tests/preferences/statements.jsonl"
 
-# The picture that leads the README: one question, one seed, three people, from an empty home.
-export PREFMW_HOME="$runs/home"
-rm -rf "$PREFMW_HOME"
+# The picture that leads the README: one question, one seed, three people, in an empty store.
+rm -f "$PREFMW_HOME"/prefmw.db*
 question="How do I fall asleep faster?"
 "$prefmw" users add alice --persona "a nurse on night shifts who reads on her phone and wants only the essentials" > /dev/null
 "$prefmw" users add bob --persona "a retired teacher who loves long explanations and a good joke" > /dev/null

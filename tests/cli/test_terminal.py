@@ -414,3 +414,17 @@ def test_why_explains_the_last_reply_of_a_conversation(terminal, tmp_path):
     child.sendline("/bye")
     assert leave(child) == 0
     assert "tabindex" in (tmp_path / "why.html").read_text()
+
+
+def test_why_needs_no_record(terminal, home):
+    child = terminal("--method", "linear", "--no-log")
+    child.expect("alice> ")
+    child.sendline("Count.")
+    child.expect("alice> ")
+    child.sendline("/why")
+    child.expect(r"alice, turn –: linear 2 on")
+    child.sendline("/why talk.gif")
+    child.expect(r"an ending in .html or .svg")
+    child.sendline("/bye")
+    assert leave(child) == 0
+    assert turns(home) == []

@@ -106,6 +106,23 @@ def test_colours_grow_with_the_change():
     assert colour(2) != colour(-2)
 
 
+def test_control_characters_are_shown_and_break_no_picture():
+    from prefmw.cli.why import Shown
+    from prefmw.cli.why_page import page
+    from prefmw.cli.why_picture import picture
+    from prefmw.decoding import Sampling
+    from prefmw.explanation import Explanation, Likelihood, Step
+    from prefmw.preferences import Profile
+    from prefmw.reply import Plan
+
+    said = Likelihood(1, " a\x1b[2J<b>\x00\n", False, -0.1, -9.0)
+    plan = Plan("linear", 2.0, "", 1, {}, Sampling(0.7, 0.8, None, 1, 0))
+    found = Explanation(plan, {}, "\x07Why?", (Step(said, (said,), 0.9),))
+    shown = [Shown(Profile("eve", "", revision=1), None, "toy", found)]
+    assert "\\x1b[2J" in "".join(ElementTree.fromstring(picture(shown)).itertext())
+    assert "\\x1b[2J&lt;b&gt;" in page(shown)
+
+
 def test_numbers_are_put_as_people_read_them():
     assert [times(math.log(x)) for x in (1, 2, 82, 1 / 3, 4321)] == ["=", "×2.0", "×82", "÷3.0", "×4 321"]
     assert times(math.inf) == "×100 000+"
