@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prefmw.cli.measuring import OutOption, check_split, finish, names, numbers
 from prefmw.cli.options import JsonOption, PersRMOption
 from prefmw.cli.output import loading, progress_bar
-from prefmw.cli.running import OutOption, check_split, finish, names, numbers
 from prefmw.errors import UsageError
 
 if TYPE_CHECKING:

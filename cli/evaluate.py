@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prefmw.cli.choice import choice
+from prefmw.cli.measuring import OutOption, check_path, check_split, finish, names, opened
 from prefmw.cli.options import JsonOption, PersRMOption, read_texts, registry
 from prefmw.cli.output import loading, print_json, print_table, printable, progress, progress_bar, shorten, stages
 from prefmw.cli.report import report
 from prefmw.cli.rewards import rewards
-from prefmw.cli.running import OutOption, check_split, finish, names
-from prefmw.errors import MissingExtraError, UsageError
+from prefmw.errors import UsageError
 
 if TYPE_CHECKING:
     from prefmw.evaluation.steer import Answered, Condition
@@ -80,7 +79,7 @@ def steer(
         raise UsageError("choose a strength on --split dev; the test split is for reporting one")
     if plot is not None:
         _check_picture(plot, rows)
-    file = _opened(replies)
+    file = opened(replies)
     settings = load_settings({"model": model, "persrm": persrm})
     with loading(settings.model):
         backend = load_backend(settings)
@@ -213,7 +212,7 @@ def turn_dials(
         raise UsageError("choose a gain on --split dev; the test split is for reporting one")
     beside = [*conditions(["prompt", "linear"], [], temperature, controls=False), *gains]
     if plot is not None:
-        _check_path(plot)
+        check_path(plot)
     settings = load_settings({"model": model})
     with loading(settings.model):
         backend = load_backend(settings)
@@ -312,20 +311,4 @@ def _check_picture(path: Path, rows: Sequence[Condition]) -> None:
         raise UsageError(
             "--plot draws linear's or pad's curve; name it among the methods and give --strength several times"
         )
-    _check_path(path)
-
-
-def _check_path(path: Path) -> None:
-    if find_spec("matplotlib") is None:
-        raise MissingExtraError("plotting", "eval")
-    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
-        raise UsageError(f"{path} is no picture's path: a folder that exists, and an ending in .png, .svg or .pdf")
-
-
-def _opened(path: Path | None) -> Any:
-    if path is None:
-        return None
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    check_path(path)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from prefmw.cli.measuring import FIGURE
 from prefmw.cli.output import say
 from prefmw.cli.page import page_of
-from prefmw.cli.running import FIGURE
 from prefmw.errors import UsageError
 
 if TYPE_CHECKING:

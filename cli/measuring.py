@@ -1,7 +1,10 @@
-"""What the `prefmw eval` commands share: the folder that a run is kept in, and how its result is shown and drawn."""
+"""What the `prefmw eval` commands share: checks of their options, the folder that a run is kept in, and how its result
+is shown and drawn.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +28,24 @@ def check_split(split: str) -> None:
     """Raise UsageError for what is no split to measure on."""
     if split not in ("dev", "test"):
         raise UsageError(f"a split is dev or test, got '{split[:40]}'")
+
+
+def check_path(path: Path) -> None:
+    """Raise for a path that no picture can be written to."""
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("plotting", "eval")
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise UsageError(f"{path} is no picture's path: a folder that exists, and an ending in .png, .svg or .pdf")
+
+
+def opened(path: Path | None) -> Any:
+    """A file to write to; ``None`` where none is named."""
+    if path is None:
+        return None
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def names(methods: str) -> list[str]:
