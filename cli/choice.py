@@ -104,12 +104,12 @@ def _count(rows: list[Condition], name: str) -> int:
 
 
 def _questions(data: str | None, split: str, n: int | None, seed: int) -> list[Question]:
-    from prefmw.evaluation.choice import composed_questions, of_split, read_questions, shipped_questions
+    from prefmw.evaluation.choice import composed_questions, of_split, read_questions, shipped_questions, some
 
     if data == "composed":
         return composed_questions(split, n or 40, seed)  # type: ignore[arg-type]
     questions = shipped_questions() if data is None else read_questions(_file(data))
-    return of_split(questions, split)[:n]
+    return some(of_split(questions, split), n, seed)
 
 
 def _file(data: str) -> Path:

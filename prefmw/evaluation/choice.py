@@ -143,6 +143,14 @@ def of_split(questions: Sequence[Question], split: str) -> list[Question]:
     return found
 
 
+def some(questions: Sequence[Question], n: int | None, seed: int) -> list[Question]:
+    """At most ``n`` of them at random, in their order, so that every domain has its share."""
+    if n is None or n >= len(questions):
+        return list(questions)
+    chosen = sorted(random.Random(f"{seed}:some").sample(range(len(questions)), n))
+    return [questions[index] for index in chosen]
+
+
 def draw(questions: Sequence[Question], seed: int, *, everybody: bool = False) -> list[Drawn]:
     """For each question one of its people, at random; or ``everybody``, each of them once."""
     rng = random.Random(seed)

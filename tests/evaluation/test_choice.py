@@ -18,6 +18,7 @@ from prefmw.evaluation.choice import (
     of_split,
     read_questions,
     shipped_questions,
+    some,
 )
 from prefmw.evaluation.runs import Run
 from prefmw.evaluation.steer import Condition
@@ -47,6 +48,14 @@ def test_the_same_seed_draws_the_same_people_evenly(shipped):
     # 125 draws of four: fewer than 16 of any has a chance below 1e-3
     assert min(Counter(one.right for one in drawn).values()) >= 16
     assert all(one.stranger not in one.question.people for one in drawn)
+
+
+def test_fewer_questions_are_of_every_domain(shipped):
+    few = some(shipped, 40, 1)
+    assert len(few) == 40
+    assert few == some(shipped, 40, 1) != some(shipped, 40, 2)
+    assert len({one.domain for one in few}) == 5
+    assert some(shipped, None, 0) == some(shipped, 999, 0) == shipped
 
 
 def test_everybody_asks_once(shipped):
