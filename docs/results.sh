@@ -24,9 +24,9 @@ everybody="--by likelihood --everybody"
 measure choice-dev choice --split dev --data composed --n 24 $everybody --methods none,prompt,linear --ratios 0,0.5,1,2,3,5,10 --no-controls
 measure choice-test choice --split test --data composed --n 34 $everybody --methods none,prompt,linear,pad
 measure choice-shipped-dev choice --split dev $everybody --methods none,prompt,linear --ratios 0,1,2,5,10 --no-controls
-measure choice-shipped choice --split test $everybody --methods none,prompt,linear,pad --ratios 10
+measure choice-shipped choice --split test --n 40 $everybody --methods none,prompt,linear --ratios 10
 measure choice-letter choice --split test --by letter --methods none,prompt,linear,pad
-measure rewards-test rewards --split test --methods none,prompt,linear,pad --strength 1 --n 16 --judge oracle
+measure rewards-test rewards --split test --methods none,prompt,linear,pad --strength 1 --n 8 --judge oracle
 measure choices choices
 measure inference inference "$docs/../tests/preferences/statements.jsonl"
 
