@@ -111,7 +111,7 @@ def filled(document: str, found: Sequence[Found]) -> str:
         tables = tables_of(runs[name].result)
         if which not in tables:
             raise UsageError(f"the run '{name}' has no table '{which}'; it has {', '.join(tables) or 'none'}")
-        return f"{place[1]}{_markdown(tables[which])}\n{_how(runs[name])}\n{place[5]}"
+        return f"{place[1]}{_markdown(tables[which])}\n{_asked(runs[name])}\n{place[5]}"
 
     return MARKS.sub(put, document)
 
@@ -168,13 +168,18 @@ def _markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
 
 
-def _how(one: Found) -> str:
-    """How a result came to be, in a line."""
+def _asked(one: Found) -> str:
+    """What was asked for a result, in a line."""
     settings = one.result["settings"]
-    parts = [f"{name} {settings[name]}" for name in ("model", "split", "n", "seed") if settings.get(name) is not None]
-    versions = settings.get("versions", {})
-    parts += [f"prefmw {versions.get('prefmw', '?')} at {settings.get('git') or 'no commit'}"]
-    return ", ".join(parts)
+    names = ("model", "split", "n", "seed", "embedder", "people")
+    return ", ".join(f"{name} {settings[name]}" for name in names if settings.get(name) is not None)
+
+
+def _how(one: Found) -> str:
+    """The same with what made it."""
+    settings = one.result["settings"]
+    made = f"prefmw {settings.get('versions', {}).get('prefmw', '?')} at {settings.get('git') or 'no commit'}"
+    return ", ".join(filter(None, [_asked(one), made]))
 
 
 def _told(value: Any) -> str:
