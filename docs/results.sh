@@ -19,7 +19,7 @@ sweep="--strength 0 --strength 0.5 --strength 1 --strength 2 --strength 3"
 measure steer-dev-linear steer --split dev --methods none,prompt,linear $sweep --strength 5 --no-controls --n 16
 measure steer-dev-pad steer --split dev --methods none,prompt,pad $sweep --no-controls --n 16
 measure steer-test steer --split test --methods none,prompt,linear,pad --strength 1 --n 40 --second-opinion
-measure dials-test dials --split test --strength 3 --n 16
+measure dials-test dials --split test --n 16
 everybody="--by likelihood --everybody"
 measure choice-dev choice --split dev --data composed --n 24 $everybody --methods none,prompt,linear --ratios 0,0.5,1,2,3,5,10 --no-controls
 measure choice-test choice --split test --data composed --n 34 $everybody --methods none,prompt,linear,pad
