@@ -22,13 +22,16 @@ check: $(READY) ## Everything a change must pass: format, lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-tiny: $(READY) ## Remake the embedded chat model, its PersRM and its calibration, resuming runs that were killed
+tiny: $(READY) ## Remake the embedded chat model, its checkpoints and its calibration, resuming runs that were killed
 	$(BIN)/prefmw train sft --recipe tiny --out build/tiny
 	mkdir -p prefmw/assets/tiny
 	cp build/tiny/model/* prefmw/assets/tiny/
 	$(BIN)/prefmw train persrm --recipe tiny --out build/tiny-persrm
 	mkdir -p prefmw/assets/tiny-persrm
 	cp build/tiny-persrm/persrm/* prefmw/assets/tiny-persrm/
+	$(BIN)/prefmw train reward --recipe tiny --out build/tiny-reward
+	mkdir -p prefmw/assets/tiny-reward
+	cp build/tiny-reward/reward/* prefmw/assets/tiny-reward/
 	$(BIN)/prefmw prefs calibrate -m tiny --n 48 --out prefmw/assets/calibrations/tiny.json
 
 readout: $(READY) ## Refit the read-out of preferences, resuming a fit that was killed

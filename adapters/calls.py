@@ -37,6 +37,7 @@ class Call(str):
             "database": without_password(settings.database_url),
             "plan": prepared.plan.as_json(opened.personalizer.load()),
             "persrm": guidance.label if (guidance := opened.personalizer.guidance(prepared.plan)) else None,
+            "dpa": arithmetic.label if (arithmetic := opened.personalizer.arithmetic(prepared.plan)) else None,
             "notices": prepared.notices,  # they stand in the reply that is kept
             "max_tokens": sampling.max_tokens,
             "seed": settings.seed if options.seed is None else sampling.seed,  # not one that was drawn for this call

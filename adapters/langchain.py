@@ -39,7 +39,7 @@ from prefmw.preferences import Message, PreferenceStore, Profile, check_user_id
 from prefmw.reply import Reply, ReplyStream
 from prefmw.settings import load_settings
 
-_PER_CALL = ("method", "strength", "candidate", "temperature", "top_p", "top_k", "max_tokens", "seed")
+_PER_CALL = ("method", "strength", "candidate", "robust", "temperature", "top_p", "top_k", "max_tokens", "seed")
 """Fields that a call's keywords may override, beside ``model`` and ``user_id``."""
 
 BATCH_AT_ONCE = 128
@@ -102,6 +102,12 @@ class ChatPrefMW(BaseChatModel):
 
     candidate: str | None = None
     """How PAD picks: greedy, stochastic or best-of-k."""
+
+    dpa: str | None = None
+    """The DPA checkpoint, a folder or hub id; by default the settings', or the one that the model has."""
+
+    robust: int | None = None
+    """Replies that DPA keeps the best of, each asked for with a direction near the user's."""
 
     temperature: float | None = None
     """Sampling temperature; 0 is greedy."""
@@ -348,7 +354,7 @@ class ChatPrefMW(BaseChatModel):
 
     def _open(self, model: str | None) -> Opened:
         """The personalizer for the fields as they are now, opened at the first call with them."""
-        flags = {"model": model, "persrm": self.persrm, "database": self.database, "log": self.log}
+        flags = {"model": model, "persrm": self.persrm, "dpa": self.dpa, "database": self.database, "log": self.log}
         key = tuple(flags.values())
         if key not in self._opened:
             self._opened[key] = opened(**flags)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefmw.cli.options import DatabaseOption, PersRMOption, actor
+from prefmw.cli.options import DatabaseOption, DPAOption, PersRMOption, actor
 from prefmw.cli.output import emit, loading, print_json, say
 from prefmw.errors import PrefmwError, UnknownUserError, UsageError
 
@@ -115,7 +115,9 @@ def chat(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="Chat model: a folder, a hub id or an embedded model.")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="auto, none, prompt, linear, drift or pad.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="auto, none, prompt, linear, drift, pad or dpa.")
+    ] = None,
     strength: Annotated[
         float | None,
         typer.Option(
@@ -137,6 +139,10 @@ def chat(
     candidate: Annotated[
         str | None, typer.Option("--candidate", help="How pad picks: greedy, stochastic or best-of-k.")
     ] = None,
+    dpa: DPAOption = None,
+    robust: Annotated[
+        int | None, typer.Option("--robust", help="Under dpa, the best of this many replies asked for around you.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with all that was applied.")] = False,
     no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the reply when it is whole.")] = False,
     learn: Annotated[
@@ -157,6 +163,7 @@ def chat(
     if continue_ and conversation:
         raise UsageError("-c continues the latest conversation, --conversation another; give one of them")
     flags = {"user": user, "model": model, "database": database, "learn": learn, "persrm": persrm}
+    flags["dpa"] = dpa
     flags["log"] = False if no_log else None
     settings = load_settings(flags)
     find_embedded(settings.model)  # before anybody is asked anything
@@ -173,7 +180,9 @@ def chat(
         with loading(settings.model):
             from prefmw.personalizer import Options
 
-            options = Options(method, strength, temperature, top_p, top_k, max_tokens, seed, candidate=candidate)
+            options = Options(
+                method, strength, temperature, top_p, top_k, max_tokens, seed, candidate=candidate, robust=robust
+            )
             personalizer = build_personalizer(settings, store)
             personalizer.plan(profile, options)  # a wrong flag is told before the weights load
             earlier = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prefmw.cli.choice import choice
+from prefmw.cli.control import control
 from prefmw.cli.measuring import OutOption, check_path, check_split, finish, names, opened
 from prefmw.cli.options import JsonOption, PersRMOption, read_texts, registry
 from prefmw.cli.output import loading, print_json, print_table, printable, progress, progress_bar, shorten, stages
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Steering, inference and learning, measured.", no_args_is_help=True)
 app.command("choice")(choice)
+app.command("control")(control)
 app.command("rewards")(rewards)
 app.command("report")(report)
 
@@ -248,20 +250,30 @@ def score(
     zero_shot: Annotated[
         bool, typer.Option("--zero-shot", help="By the chat model itself, asked for either pole.")
     ] = False,
+    reward: Annotated[
+        str | None,
+        typer.Option("--reward", help="By this reward model: a folder, a hub id or an embedded one's name."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The chat model; by default the settings'.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Score replies on every style dimension."""
-    from prefmw.bootstrap import load_backend, load_dimensions
+    """Score replies: on every style dimension by the chat model itself, or on a reward model's attributes."""
+    from prefmw.bootstrap import load_backend, load_dimensions, load_scorer
     from prefmw.preferences import Message
     from prefmw.scoring import Exchange, attribute_scores, scored_dimensions
     from prefmw.settings import load_settings
 
-    if not zero_shot:
-        raise UsageError("this version scores with --zero-shot alone")
+    if zero_shot == (reward is not None):
+        raise UsageError("score either by --zero-shot or by --reward NAME, tiny-reward say")
     texts, settings = read_texts(file, "prompt", "response"), load_settings({"model": model})
+    if reward is not None:
+        with loading(settings.model):
+            scorer = load_scorer(settings, load_backend(settings), reward)
+        rewards = scorer.rewards([([Message("user", asked)], reply) for asked, reply in texts], scorer.card.attributes)
+        _print_scores(scorer.card.attributes, [reply for _, reply in texts], rewards.tolist(), json, digits=2)
+        return
     dimensions = load_dimensions(settings)
     with loading(settings.model):
         backend = load_backend(settings)
@@ -269,12 +281,18 @@ def score(
     exchanges = [Exchange([Message("user", asked)], reply) for asked, reply in texts]
     with stages() as tell:
         scores = attribute_scores(exchanges, backend, dimensions, lambda share: tell("scoring", share))
+    _print_scores(keys, [reply for _, reply in texts], scores.tolist(), json, digits=5)
+
+
+def _print_scores(
+    keys: Sequence[str], replies: Sequence[str], scores: Sequence[Sequence[float]], json: bool, digits: int
+) -> None:
     if json:
-        print_json([dict(zip(keys, (round(float(value), 5) for value in row), strict=True)) for row in scores])
+        print_json([dict(zip(keys, (round(value, digits) for value in row), strict=True)) for row in scores])
         return
     rows = [
         [printable(shorten(reply, 40)), *(f"{value:+.3f}" for value in row)]
-        for (_, reply), row in zip(texts, scores, strict=True)
+        for reply, row in zip(replies, scores, strict=True)
     ]
     print_table(["reply", *keys], rows)
 

@@ -13,7 +13,7 @@ import typer
 from prefmw.errors import UsageError
 
 if TYPE_CHECKING:
-    from prefmw.preferences import Dimensions, PreferenceStore, Stated
+    from prefmw.preferences import Dimensions, DPACard, PreferenceStore, Stated
 
 DatabaseOption = Annotated[
     str | None,
@@ -22,6 +22,10 @@ DatabaseOption = Annotated[
 PersRMOption = Annotated[
     str | None,
     typer.Option("--persrm", help="The PersRM that guides pad: a folder or hub id; by default the model's own."),
+]
+DPAOption = Annotated[
+    str | None,
+    typer.Option("--dpa", help="The DPA checkpoint: a folder or hub id; by default the model's own."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 UserArgument = Annotated[str, typer.Argument(metavar="ID", help="The user's id.")]
@@ -57,6 +61,15 @@ def registry() -> Dimensions:
     from prefmw.settings import load_settings
 
     return load_dimensions(load_settings())
+
+
+def dpa_card() -> DPACard | None:
+    """The card of the DPA checkpoint that environment and config file name, or that the settings' chat model has."""
+    from prefmw.checkpoints import dpa_source, has_dpa
+    from prefmw.settings import load_settings
+
+    settings = load_settings()
+    return dpa_source(settings).card if has_dpa(settings) else None
 
 
 def parse_weight(item: str, dimensions: Dimensions) -> tuple[str, Stated]:

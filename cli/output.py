@@ -9,8 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
-from prefmw.cli.options import registry
-from prefmw.preferences import STRENGTHS, Dimensions, Profile, Source, dials_of, persona_sentence, principle_text
+from prefmw.cli.options import dpa_card, registry
+from prefmw.errors import UsageError
+from prefmw.preferences import (
+    STRENGTHS,
+    Dimensions,
+    Profile,
+    Source,
+    dials_of,
+    direction_of,
+    persona_sentence,
+    principle_text,
+)
+from prefmw.preferences.directions import written
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -186,8 +197,19 @@ def profile_json(profile: Profile, dimensions: Dimensions) -> dict[str, Any]:
         "dials": {dial.dimension: dial.as_json() for dial in dials_of(profile, dimensions)},
         "method": profile.method,
         "strengths": {name: profile.strengths.get(name) for name, dial in STRENGTHS.items() if dial},
-        "direction": None,
+        "direction": _direction(profile),
     }
+
+
+def _direction(profile: Profile) -> dict[str, Any] | None:
+    """The direction that dpa would read, with its prompt; ``None`` where the settings' model has no checkpoint."""
+    card = dpa_card()
+    if card is None:
+        return None
+    try:
+        return {"checkpoint": card.name, **direction_of(profile, card).as_json()}
+    except UsageError as error:
+        return {"checkpoint": card.name, "error": str(error)}
 
 
 def show_profile(profile: Profile, json: bool) -> None:
@@ -222,7 +244,23 @@ def print_profile(
     else:
         principle = principle_text(profile, dimensions)
         lines.append(f"principle  {printable(principle) or '– (no persona, and no style weight of 0.15 or more)'}")
+    lines += _direction_lines(profile, method or profile.method)
     print(*lines, sep="\n", file=file or sys.stdout)
+
+
+def _direction_lines(profile: Profile, method: str | None) -> list[str]:
+    """The direction and the prompt of dpa, where a weight calls for one or it is the method."""
+    card = dpa_card()
+    if card is None or not (method == "dpa" or {card.dimension(one) for one in card.attributes} & set(profile.weights)):
+        return []
+    try:
+        direction = direction_of(profile, card)
+    except UsageError as error:
+        return [f"direction  – ({error})"]
+    text = written(direction.attributes, direction.asked)
+    if direction.is_projected:
+        text += f", beyond what '{card.name}' was trained on: {written(direction.attributes, direction.applied)}"
+    return [f"direction  {text}", f"prompt     {printable(direction.prompt)}"]
 
 
 def bar(weight: float, half: int = 10) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,8 +91,7 @@ def persrm(
     json: JsonOption = False,
 ) -> None:
     """Make a PersRM, which guides pad: stage 1 trains a LoRA on preference pairs, stage 2 the preference head."""
-    if any(find_spec(name) is None for name in ("accelerate", "datasets", "peft", "trl")):
-        raise MissingExtraError("training", "train")
+    _check_extra()
     from prefmw.embedded import find_embedded
     from prefmw.training.persrm import PersRMRecipe, load_persrm_recipe, train_persrm
 
@@ -101,18 +101,15 @@ def persrm(
     if recipe and data and chosen.corpus is not None:
         chosen = replace(chosen, corpus=None)
 
-    def changed(part: Any, **values: Any) -> Any:
-        return replace(part, **{name: value for name, value in values.items() if value is not None})
-
-    chosen = changed(
+    chosen = _changed(
         chosen,
         backbone=backbone,
         preference=preference,
         held_out=held_out,
         max_tokens=max_tokens,
         seed=seed,
-        prefix=changed(chosen.prefix, system=system, user=user),
-        lora=changed(
+        prefix=_changed(chosen.prefix, system=system, user=user),
+        lora=_changed(
             chosen.lora,
             epochs=epochs,
             learning_rate=learning_rate,
@@ -122,7 +119,7 @@ def persrm(
             alpha=None if rank is None else 2 * rank,
             beta=beta,
         ),
-        head=changed(chosen.head, epochs=head_epochs, penalty=penalty, cache_mb=cache_mb),
+        head=_changed(chosen.head, epochs=head_epochs, penalty=penalty, cache_mb=cache_mb),
     )
     if chosen.corpus is None and not data:
         raise UsageError("this recipe names no corpus; name pairs with --data")
@@ -136,3 +133,238 @@ def persrm(
         f"untrained, by likelihood, {untrained['likelihood']:.3f}; the longer reply {untrained['longer']:.3f}); the "
         f"PersRM lies in {folder}"
     )
+
+
+@app.command()
+def reward(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; a killed run in it is resumed.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A recipe's name (tiny), or the path of a TOML file.")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", help="The chat model to train on: a folder, a hub id or an embedded one."),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", help="Scored replies: .jsonl, .json, .jsonl.gz or .parquet; several times for several."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Also write one sequence classification model, to OUT/merged.")
+    ] = False,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="2 by default.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="By default the paper's 1e-5.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Replies a step, all devices together; 64.")] = None,
+    per_device: Annotated[int | None, typer.Option("--per-device", help="Replies at once on a device; 4.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of the LoRA; 16.")] = None,
+    lm: Annotated[float | None, typer.Option("--lm", help="Weight of the language-model loss; 0.1.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Replies beyond this length are left out; 2048.")
+    ] = None,
+    held_out: Annotated[
+        float | None, typer.Option("--held-out", help="Share of the prompts that correlation is told on; 0.1.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the split, the order and the LoRA's start.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a reward model: a regression head and a LoRA on a chat model, which score replies from 0 to 100."""
+    _check_extra()
+    from prefmw.embedded import find_embedded
+    from prefmw.training.reward import RewardRecipe, load_reward_recipe, train_reward
+
+    if recipe is None and (backbone is None or not data):
+        raise UsageError("name a chat model with --backbone and scored replies with --data, or a recipe with --recipe")
+    chosen = load_reward_recipe(recipe) if recipe else RewardRecipe(name=out.name or "reward", backbone=str(backbone))
+    if data:
+        chosen = replace(chosen, corpus=None)
+    chosen = _changed(
+        chosen,
+        backbone=backbone,
+        held_out=held_out,
+        max_tokens=max_tokens,
+        seed=seed,
+        fit=_changed(
+            chosen.fit,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch=batch,
+            per_device=per_device,
+            rank=rank,
+            alpha=None if rank is None else 2 * rank,
+            lm=lm,
+        ),
+    )
+    if chosen.corpus is None and not data:
+        raise UsageError("this recipe names no corpus; name scored replies with --data")
+    folder, metrics = train_reward(
+        chosen, out, data=data or [], backbone_path=find_embedded(chosen.backbone), merge=merge
+    )
+    if json:
+        print_json({"reward": str(folder), **metrics})
+        return
+    told = ", ".join(
+        f"{name} {'–' if row['pearson'] is None else format(row['pearson'], '.3f')} (n = {row['n']})"
+        for name, row in metrics["held_out"].items()
+    )
+    say(f"Pearson on held-out replies: {told}; the reward model lies in {folder}")
+
+
+@app.command()
+def dpa(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; a killed run in it is resumed.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A recipe's name (tiny), or the path of a TOML file.")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", help="The chat model to start from: a folder, a hub id or an embedded one."),
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help="The reward model: a folder, a hub id or an embedded one.")
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", help="Prompts with replies: .jsonl, .json, .jsonl.gz or .parquet; several times."),
+    ] = None,
+    attributes: Annotated[
+        str | None, typer.Option("--attributes", help="Joined by commas, the one always wanted first.")
+    ] = None,
+    cone: Annotated[
+        list[str] | None,
+        typer.Option("--cone", metavar="ATTR=LOW:HIGH", help="Angles to the first, degrees; verbosity=-45:0."),
+    ] = None,
+    template: Annotated[str | None, typer.Option("--template", help="The system prompt, {rating} in it.")] = None,
+    iterations: Annotated[int | None, typer.Option("--iterations", help="After iteration 0; 4.")] = None,
+    prompts: Annotated[int | None, typer.Option("--prompts", help="Prompts used, at most; all by default.")] = None,
+    first: Annotated[int | None, typer.Option("--first", help="Replies a prompt in iteration 1; 80.")] = None,
+    directions: Annotated[int | None, typer.Option("--directions", help="Directions a prompt; 5.")] = None,
+    replies: Annotated[
+        int | None, typer.Option("--replies", help="Replies a direction from iteration 2 on; 16.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="Of the sampling; 1.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Of a sampled reply, at most; 1024.")] = None,
+    replay: Annotated[float | None, typer.Option("--replay", help="Share of original replies; 0.15.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Of the LoRA; 0, the default, trains all weights.")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Of every iteration; 2.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="By default the paper's 1e-5.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Rows a step, all devices together; 64.")] = None,
+    per_device: Annotated[int | None, typer.Option("--per-device", help="Rows at once on a device; 1.")] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Several replies in one row; by default they share.")
+    ] = None,
+    context: Annotated[int | None, typer.Option("--context", help="Tokens of a row; 4096.")] = None,
+    sampler: Annotated[str, typer.Option("--sampler", help="What draws the replies: engine or vllm.")] = "engine",
+    seed: Annotated[int | None, typer.Option("--seed", help="Of everything that is drawn.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Make a DPA checkpoint, a chat model that reads directions, by rejection sampling against a reward model."""
+    _check_extra()
+    from functools import partial
+
+    from prefmw.bootstrap import close_engines, scorer_on
+    from prefmw.checkpoints import reward_source
+    from prefmw.embedded import find_embedded
+    from prefmw.settings import load_settings
+    from prefmw.training.dpa import train_dpa
+    from prefmw.training.dpa_recipe import DPARecipe, load_dpa_recipe
+    from prefmw.training.drawing import check_sampler
+
+    check_sampler(sampler)
+    if recipe is None and (backbone is None or reward is None or not data):
+        raise UsageError(
+            "name a chat model with --backbone, a reward model with --reward and prompts with --data, or a recipe with "
+            "--recipe"
+        )
+    chosen = (
+        load_dpa_recipe(recipe)
+        if recipe
+        else DPARecipe(name=out.name or "dpa", backbone=str(backbone), reward=str(reward))
+    )
+    if data:
+        chosen = replace(chosen, corpus=None)
+    chosen = _changed(
+        chosen,
+        backbone=backbone,
+        reward=reward,
+        attributes=tuple(name.strip() for name in attributes.split(",")) if attributes else None,
+        cone=_cone(cone) if cone else None,
+        template=template,
+        iterations=iterations,
+        prompts=prompts,
+        replay=replay,
+        seed=seed,
+        draws=_changed(
+            chosen.draws,
+            first=first,
+            directions=directions,
+            replies=replies,
+            temperature=temperature,
+            max_tokens=max_tokens,
+        ),
+        fit=_changed(
+            chosen.fit,
+            rank=rank,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch=batch,
+            per_device=per_device,
+            packing=packing,
+            max_tokens=context,
+        ),
+    )
+    if chosen.corpus is None and not data:
+        raise UsageError("this recipe names no corpus; name prompts with --data")
+    reward_source(chosen.reward, chosen.backbone).card.mixture(chosen.attributes)  # told before anything is begun
+    settings = load_settings({"model": chosen.backbone})
+    try:
+        folder, metrics = train_dpa(
+            chosen,
+            out,
+            load_scorer=partial(scorer_on, settings, chosen.reward),
+            data=data or [],
+            backbone_path=find_embedded(chosen.backbone),
+            sampler=sampler,
+        )
+    finally:
+        close_engines()
+    if json:
+        print_json({"dpa": str(folder), **metrics})
+        return
+    ends = [metrics["fronts"][-1][place]["rewards"] for place in (0, -1)]
+    first_end, last_end = (
+        ", ".join(f"{name} {value:.1f}" for name, value in zip(chosen.attributes, row, strict=True)) for row in ends
+    )
+    say(
+        f"rewards on held-out prompts from one end of the cone, {first_end}, to the other, {last_end}; the checkpoint "
+        f"lies in {folder}"
+    )
+
+
+def _check_extra() -> None:
+    """Raise MissingExtraError where a library of the trainers' is missing; else have them keep their notes for
+    developers, and their bars for every model that is loaded, to themselves.
+    """
+    if any(find_spec(name) is None for name in ("accelerate", "datasets", "peft", "trl")):
+        raise MissingExtraError("training", "train")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    for kind in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", kind)
+
+
+def _changed(part: Any, **values: Any) -> Any:
+    """A recipe's part with what a flag gives in place of its own."""
+    return replace(part, **{name: value for name, value in values.items() if value is not None})
+
+
+def _cone(items: list[str]) -> dict[str, tuple[float, float]]:
+    found = {}
+    for item in items:
+        name, _, angles = item.partition("=")
+        low, _, high = angles.partition(":")
+        try:
+            found[name.strip()] = (float(low), float(high))
+        except ValueError as error:
+            raise UsageError(f"expected ATTRIBUTE=LOW:HIGH, such as verbosity=-45:0, got '{item[:40]}'") from error
+    return found

@@ -11,25 +11,31 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefmw.embedded import find_embedded, find_persrm, shipped_calibration, shipped_readout
+from prefmw.checkpoints import dpa_source, has_dpa, has_persrm, persrm_folder, reward_source
+from prefmw.embedded import find_embedded, shipped_calibration, shipped_readout
 from prefmw.errors import UsageError
 from prefmw.preferences import Dimensions, PreferenceStore, default_dimensions, parse_dimensions
 from prefmw.settings import Settings, expanded
 
 if TYPE_CHECKING:
+    from prefmw.arithmetic import Arithmetic
     from prefmw.decoding import Engine
     from prefmw.guidance import Guidance
     from prefmw.models import ChatModel, ModelSpec
     from prefmw.personalizer import Backend, Personalizer
     from prefmw.preferences.calibration import Calibration
     from prefmw.preferences.inference import Inferer
+    from prefmw.rewards import Scorer
     from prefmw.scoring import Scale
 
 _backends: dict[str, Backend] = {}
 _guidances: dict[tuple[str, str], Guidance] = {}
+_arithmetics: dict[tuple[str, str, str], Arithmetic] = {}
+_scorers: dict[tuple[str, str], Scorer] = {}
 _backbones: dict[str, ChatModel] = {}
 _inferers: dict[str, Inferer] = {}
 _lock = threading.Lock()
@@ -63,6 +69,8 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
         max_dials=settings.max_dials,
         candidate=settings.candidate,
         has_persrm=has_persrm(settings),
+        dpa=(lambda: dpa_source(settings).card) if has_dpa(settings) else None,
+        robust=settings.robust,
     )
     return Personalizer(
         store,
@@ -191,7 +199,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def load_backend(settings: Settings) -> Backend:
     """The settings' chat model and its engine: one per model, revision, dtype and device in this process; with it what
-    loads the settings' PersRM when it is needed.
+    loads the settings' PersRM and DPA checkpoint when they are needed.
 
     Raises:
         ModelError: it cannot be found or loaded.
@@ -222,14 +230,11 @@ def load_backend(settings: Settings) -> Backend:
                 atexit.register(close_engines)
             _backends[key] = Backend(chat, engine)
         backend = _backends[key]
-    if not has_persrm(settings):
-        return backend
-    return backend._replace(load_guidance=lambda: load_guidance(settings, backend))
-
-
-def has_persrm(settings: Settings) -> bool:
-    """Whether a PersRM is configured, or embedded for the settings' chat model."""
-    return settings.persrm is not None or find_persrm(None, settings.model) is not None
+    if has_persrm(settings):
+        backend = backend._replace(load_guidance=partial(load_guidance, settings, backend))
+    if has_dpa(settings):
+        backend = backend._replace(load_arithmetic=partial(load_arithmetic, settings, backend))
+    return backend
 
 
 def load_guidance(settings: Settings, backend: Backend) -> Guidance:
@@ -257,31 +262,76 @@ def load_guidance(settings: Settings, backend: Backend) -> Guidance:
         return _guidances[key]
 
 
-def persrm_folder(settings: Settings) -> Path:
-    """Where the settings' PersRM lies; one by hub id is downloaded.
+def load_arithmetic(settings: Settings, backend: Backend) -> Arithmetic:
+    """The settings' DPA checkpoint on the engine that decodes its replies: the chat model's, or where the checkpoint is
+    a whole model, its own.
 
     Raises:
-        ModelNotFoundError: there is none.
+        ModelNotFoundError: there is none by that path or id.
+        ModelError: it cannot be read, or does not fit the chat model.
+        UsageError: it is conditioned on rewards.
     """
-    from prefmw.errors import ModelNotFoundError
+    from prefmw.models.dpa import check_is_directional
 
-    if (embedded := find_persrm(settings.persrm, settings.model)) is not None:
-        return embedded
-    name = settings.persrm or ""
-    path = expanded(name)
-    if path.is_dir() or path.is_file() or name.startswith((".", "~", "/")) or name.count("/") != 1:
-        if not path.is_dir():
-            raise ModelNotFoundError(
-                f"no PersRM '{name[:80]}'; name a folder that 'prefmw train persrm' wrote, or a hub id"
-            )
-        return path
-    from huggingface_hub import snapshot_download
+    check_is_directional(dpa_source(settings).card)
+    return load_policy(settings, backend)
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=["persrm.*", "*.pt", "*.bin"]))
-    except Exception as error:  # the hub and the network raise what they like
-        reason = " ".join(str(error).split())[:200]
-        raise ModelNotFoundError(f"no PersRM '{name[:80]}': no such folder here, nor on the hub: {reason}") from error
+
+def load_policy(settings: Settings, backend: Backend) -> Arithmetic:
+    """The same of any checkpoint, a SteerLM-style one among them; loaded once per engine.
+
+    Raises:
+        ModelNotFoundError, ModelError: as there.
+    """
+    from prefmw.arithmetic import Arithmetic, put_dpa_on
+    from prefmw.models.dpa import load_dpa
+
+    card, source = dpa_source(settings)
+    name = settings.reward or card.reward
+    if card.weights == "lora":
+        dpa = load_dpa(Path(source))
+        key = (repr(_spec(settings)), dpa.revision, name)
+        with _lock:
+            if key not in _arithmetics:
+                scorer = partial(load_scorer, settings, backend, name) if name else None
+                _arithmetics[key] = put_dpa_on(dpa, backend.chat, backend.engine, scorer)
+            return _arithmetics[key]
+    own = backend
+    if source != settings.model:
+        own = load_backend(settings.model_copy(update={"model": source, "model_revision": None}))
+    scorer = partial(load_scorer, settings, own, name) if name else None
+    return Arithmetic(card, own.chat.revision, own.chat, own.engine, None, scorer)
+
+
+def load_scorer(settings: Settings, backend: Backend, name: str) -> Scorer:
+    """:func:`scorer_on` a backend, loaded once."""
+    key = (repr(_spec(settings)), name)
+    if key not in _scorers:
+        _scorers[key] = scorer_on(settings, name, backend.chat, backend.engine)
+    return _scorers[key]
+
+
+def scorer_on(settings: Settings, name: str, chat: ChatModel, engine: Engine) -> Scorer:
+    """The reward model of that name, or the one embedded for the settings' chat model where it is empty: on an engine
+    of ours where that decodes with its backbone.
+
+    Raises:
+        ModelNotFoundError: there is none by that name, or its backbone is not to be found.
+        ModelError: it cannot be read, or does not fit its backbone.
+    """
+    from prefmw.models.persrm import weights_digest
+    from prefmw.models.reward import load_reward
+    from prefmw.rewards import load_whole_reward, put_reward_on
+
+    card, source = reward_source(name, settings.model)
+    if card.weights == "whole":
+        return load_whole_reward(card, source, source, _spec(settings), remote_code=settings.trust_remote_code)
+    model = load_reward(Path(source))
+    if weights_digest(chat.module) != model.card.backbone["weights"]:
+        other = {"model": str(model.card.backbone["name"]), "model_revision": None}
+        reader = load_backend(settings.model_copy(update=other))
+        chat, engine = reader.chat, reader.engine
+    return put_reward_on(model, chat, engine)
 
 
 def _spec(settings: Settings) -> ModelSpec:
@@ -331,4 +381,6 @@ def close_engines() -> None:
             backend.engine.close()
         _backends.clear()
         _guidances.clear()
+        _arithmetics.clear()
+        _scorers.clear()
         _backbones.clear()

@@ -1,7 +1,8 @@
-"""What ships inside the package: chat models, their PersRMs and calibrations, read-outs of preferences; and where."""
+"""What ships inside the package, and where: chat models, their checkpoints and calibrations, read-outs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,19 +14,25 @@ EMBEDDED = ("tiny",)
 PERSRM = {"tiny": "tiny-persrm"}
 """The PersRM that is embedded for a chat model."""
 
+DPA = {"tiny": "tiny-dpa"}
+"""Likewise the DPA checkpoint."""
+
+REWARD = {"tiny": "tiny-reward"}
+"""Likewise the reward model."""
+
 
 def embedded_path(name: str) -> Path:
     """Where an embedded model lies, or would lie."""
     return Path(str(files("prefmw"))) / "assets" / name
 
 
-def find_persrm(name: str | None, model: str) -> Path | None:
-    """The folder of the PersRM of that name, or of the one embedded for ``model`` where none is named; ``None`` for a
-    path or hub id, or where there is none.
+def embedded_checkpoint(name: str | None, model: str, known: Mapping[str, str]) -> Path | None:
+    """The folder of the checkpoint of that name among those ``known``, or of the one embedded for ``model`` where none
+    is named; ``None`` for a path or hub id, or where there is none.
     """
-    known = PERSRM.get(model) if name is None else name if name in PERSRM.values() else None
-    path = embedded_path(known) if known else None
-    return path if path and (path / "persrm.json").is_file() else None
+    found = known.get(model) if name is None else name if name in known.values() else None
+    path = embedded_path(found) if found else None
+    return path if path and any(path.glob("*.json")) else None
 
 
 def find_embedded(model: str) -> Path | None:

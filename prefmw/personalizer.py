@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from prefmw.alignment import Combiner, combine_drift, combine_linear, combine_plain
+from prefmw.arithmetic import Arithmetic
 from prefmw.decoding import Engine, Generation, Request, Sampling, View
 from prefmw.errors import ConflictError, ContextLengthError, MissingExtraError, StoreError, UnknownUserError, UsageError
-from prefmw.guidance import Guidance, seeded
+from prefmw.guidance import BestOf, Guidance, seeded
 from prefmw.models import ChatModel, Detokenizer
 from prefmw.preferences import (
     AUTO,
@@ -32,6 +33,7 @@ from prefmw.preferences import (
     STOCHASTIC,
     STRENGTHS,
     Dimensions,
+    DPACard,
     Message,
     PreferenceStore,
     Profile,
@@ -43,9 +45,11 @@ from prefmw.preferences import (
     check_strength,
     check_text,
     dials_of,
+    direction_of,
     persona_sentence,
     principle_text,
 )
+from prefmw.preferences.directions import about_direction
 from prefmw.preferences.inference import STRICT, Inference, Inferer
 from prefmw.preferences.profile import MAX_PERSONA
 from prefmw.reply import Plan, Reply, ReplyStream, Timing
@@ -56,14 +60,25 @@ _NEEDS_PERSRM = (
 )
 
 
+_NEEDS_DPA = (
+    "method 'dpa' needs a chat model trained to read directions, and none is known for this one: name its checkpoint "
+    "with --dpa (PREFMW_DPA), or make one with 'prefmw train dpa'; any model takes --method prompt"
+)
+
+
+MAX_ROBUST = 64
+"""Replies that the best is kept of, at most."""
+
+
 class Backend(NamedTuple):
-    """A loaded chat model, the engine that decodes with it, and what loads the PersRM that guides it, where there is
-    one.
+    """A loaded chat model, the engine that decodes with it, and what loads the PersRM that guides it and the DPA
+    checkpoint on it, where there is one.
     """
 
     chat: ChatModel
     engine: Engine
     load_guidance: Callable[[], Guidance] | None = None
+    load_arithmetic: Callable[[], Arithmetic] | None = None
 
     def guidance(self) -> Guidance:
         """The PersRM on this engine.
@@ -74,6 +89,16 @@ class Backend(NamedTuple):
         if self.load_guidance is None:
             raise UsageError(_NEEDS_PERSRM)
         return self.load_guidance()
+
+    def arithmetic(self) -> Arithmetic:
+        """The DPA checkpoint on its engine.
+
+        Raises:
+            UsageError: none is known for this model.
+        """
+        if self.load_arithmetic is None:
+            raise UsageError(_NEEDS_DPA)
+        return self.load_arithmetic()
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,7 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     candidate: str | None = None
+    robust: int | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     """What the reply may call, as JSON schemas in OpenAI's form; its chat template has to take them."""
     opening: tuple[tuple[str, bool], ...] = ()
@@ -109,6 +135,8 @@ class Defaults:
     max_dials: int = 7
     candidate: str | None = None
     has_persrm: bool = False
+    dpa: Callable[[], DPACard] | None = None
+    robust: int | None = None
 
 
 class Prepared(NamedTuple):
@@ -147,10 +175,27 @@ def make_plan(
     *,
     max_dials: int = Defaults.max_dials,
     candidate: str = STOCHASTIC,
+    dpa: DPACard | None = None,
+    robust: int | None = None,
 ) -> Plan:
     """How ``method`` steers a reply to this person; of more than ``max_dials`` weights Drift takes the strongest, and
-    ``candidate`` is how PAD picks.
+    ``candidate`` is how PAD picks; ``dpa`` is the card that DPA's direction is read by.
+
+    Raises:
+        UsageError: a direction of zeros.
     """
+    if method == "dpa" and dpa is not None:
+        direction = direction_of(profile, dpa)
+        return Plan(
+            method,
+            None,
+            direction.prompt,
+            profile.revision,
+            profile.weights,
+            sampling,
+            direction=direction,
+            robust=robust,
+        )
     dials = dials_of(profile, dimensions) if method == "drift" else []
     return Plan(
         method=method,
@@ -226,8 +271,8 @@ class Personalizer:
         """How a reply to this person will be steered. Needs no model.
 
         Raises:
-            UsageError: an option out of range, an unknown method, a strength that the method does not take, or PAD
-            without a PersRM.
+            UsageError: an option out of range, an unknown method, a strength that the method does not take, PAD
+            without a PersRM, or DPA without a checkpoint or with a direction of zeros.
         """
         defaults = self._defaults
         method = choose_method(
@@ -247,6 +292,11 @@ class Personalizer:
             raise UsageError(_NEEDS_PERSRM)
         if method == "pad" and options.tools:
             raise UsageError("the prompts of method 'pad' hold no tools; choose linear, drift or prompt for this call")
+        if method == "dpa" and defaults.dpa is None:
+            raise UsageError(_NEEDS_DPA)
+        robust = defaults.robust if options.robust is None else options.robust
+        if robust is not None and (not isinstance(robust, int) or not 1 <= robust <= MAX_ROBUST):
+            raise UsageError(f"robust is a whole number from 1 to {MAX_ROBUST}, got {str(robust)[:20]}")
         sampling, candidate = self.sampling(options), check_candidate(options.candidate or defaults.candidate)
         if method == "pad":
             sampling, candidate = candidate_rule(sampling, candidate, options.top_p)
@@ -258,6 +308,8 @@ class Personalizer:
             sampling,
             max_dials=defaults.max_dials,
             candidate=candidate or STOCHASTIC,
+            dpa=defaults.dpa() if method == "dpa" and defaults.dpa is not None else None,
+            robust=robust,
         )
         return replace(plan, tools=options.tools, opening=options.opening)
 
@@ -318,7 +370,10 @@ class Personalizer:
             raise
         profile, heard = self.reread(profile, last.content if last.role == "user" else None)
         plan = self.plan(profile, options)
-        return Prepared(user_id, plan, (*heard, *_notices(plan, options, user_id)))
+        told = _notices(plan, options, user_id)
+        if plan.direction is not None and self._defaults.dpa is not None:
+            told += about_direction(plan.direction, profile, self._defaults.dpa())
+        return Prepared(user_id, plan, (*heard, *told))
 
     def begin(
         self,
@@ -337,13 +392,15 @@ class Personalizer:
         """
         options, plan = options or Options(), prepared.plan
         backend, notices = self._backend(), list(prepared.notices)
-        chat, scale = backend.chat, None
+        chat, engine, scale = backend.chat, backend.engine, None
         guidance: Guidance | None = None
         load_s, self._loaded = 0.0 if self._loaded else chat.load_s, True
         if prepared.user_id is not None and (guidance := self.guidance(plan)) is not None:
             plan = replace(plan, persrm=guidance.label)
             scale = self._scale(prepared.user_id, plan.principle, guidance, keep=log)
-        request = build_request(plan, messages, chat, guidance, scale)
+        if (arithmetic := self.arithmetic(plan)) is not None:
+            chat, engine, plan = arithmetic.chat, arithmetic.engine, replace(plan, dpa=arithmetic.label)
+        request = build_request(plan, messages, chat, guidance, scale, arithmetic)
         request = replace(within_context(request, chat), owner=prepared.user_id)
         prompt = max(len(view.context) for view in request.views)
         room = request.sampling.max_tokens
@@ -367,7 +424,7 @@ class Personalizer:
                 return reply
             return self._record(reply.user_id, reply, token_ids, messages, chat, replaces)
 
-        generation = begin(plan, request, messages, backend.engine, guidance, scale)
+        generation = begin(plan, request, messages, engine, guidance, scale, arithmetic)
         return ReplyStream(generation, Detokenizer(chat.tokenizer, options.stop), draft, record)
 
     def principle(self, profile: Profile) -> str:
@@ -377,6 +434,10 @@ class Personalizer:
     def guidance(self, plan: Plan) -> Guidance | None:
         """The PersRM that guides a plan's reply; ``None`` where none does. Loads models."""
         return self._backend().guidance() if plan.method == "pad" and plan.principle else None
+
+    def arithmetic(self, plan: Plan) -> Arithmetic | None:
+        """The DPA checkpoint that makes a plan's reply; ``None`` where none does. Loads models."""
+        return self._backend().arithmetic() if plan.method == "dpa" else None
 
     def reply(
         self,
@@ -569,6 +630,8 @@ def _notices(plan: Plan, options: Options, user_id: str) -> list[str]:
             )
     elif plan.method != "none" and not plan.principle:
         notices.append(f"{user_id} has no persona and no style weight of 0.15 or more, so the reply is plain")
+    if options.robust is not None and plan.robust is None:
+        notices.append(f"--robust has no effect: it is DPA's, and the method is '{plan.method}'")
     if options.candidate is not None and plan.candidate is None:
         notices.append(f"--candidate has no effect: it is PAD's, and the method is '{plan.method}'")
     if options.strength is not None and plan.strength is None:
@@ -583,20 +646,32 @@ def begin(
     engine: Engine,
     guidance: Guidance | None = None,
     scale: Tensor | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Generation:
     """Ask the engine for the reply: one, or where the best of several is wanted all of them."""
+    if arithmetic is not None and plan.direction is not None and plan.robust is not None:
+        wanted = plan.direction.asked
+        options = {"tools": plan.tools, "opening": plan.opening}
+        around = arithmetic.around(messages, plan.direction, request.sampling, plan.robust, **options)
+        requests = [within_context(one, arithmetic.chat) for one in around]
+        arithmetic.scorer()  # what is amiss with it is told before anything is asked
+        return BestOf(_all_of(requests, engine), lambda replies: arithmetic.best(messages, wanted, replies))
     if guidance is None or plan.candidate != BEST_OF_K or not plan.strength:
         return engine.submit(request)
-    count = plan.sampling.top_k or PAD_TOP_K
+    copies = [seeded(request, copy) for copy in range(plan.sampling.top_k or PAD_TOP_K)]
+    return guidance.best_of(messages, plan.principle, scale, engine, _all_of(copies, engine))
+
+
+def _all_of(requests: Sequence[Request], engine: Engine) -> list[Generation]:
     generations: list[Generation] = []
     try:
-        for copy in range(count):
-            generations.append(engine.submit(seeded(request, copy)))
+        for request in requests:
+            generations.append(engine.submit(request))
     except BaseException:  # what was begun has no reader
         for generation in generations:
             generation.cancel()
         raise
-    return guidance.best_of(messages, plan.principle, scale, engine, generations)
+    return generations
 
 
 def build_request(
@@ -605,9 +680,10 @@ def build_request(
     chat: ChatModel,
     guidance: Guidance | None = None,
     scale: Tensor | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> Request:
     """The contexts that a method reads the reply in, and how their logits are combined. PAD needs the PersRM's
-    ``guidance`` and the person's w_p.
+    ``guidance`` and the person's w_p, DPA its checkpoint.
     """
 
     def request(combiner: Combiner, *contexts: Sequence[Message], parameters: tuple[float, ...] = ()) -> Request:
@@ -617,6 +693,10 @@ def build_request(
 
     if plan.method == "none" or not (plan.principle or plan.dials):
         return request(combine_plain, messages)
+    if plan.method == "dpa":
+        if arithmetic is None:
+            raise UsageError("a plan by DPA needs the checkpoint that reads its direction")
+        return arithmetic.request(messages, plan.principle, plan.sampling, tools=plan.tools, opening=plan.opening)
     if plan.method == "pad":
         if guidance is None:
             raise UsageError("a plan by PAD needs the PersRM that it is guided by")

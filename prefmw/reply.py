@@ -13,7 +13,7 @@ from typing import Any
 from prefmw.decoding import Generation, Sampling
 from prefmw.errors import EngineError, PrefmwError
 from prefmw.models import ChatModel, Detokenizer
-from prefmw.preferences import Dial, Weight
+from prefmw.preferences import Dial, Direction, Weight
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Plan:
 
     ``principle`` is what every steered view reads. ``dials`` are Drift's, a view each; ``left_out`` are the
     dimensions beyond their bound. ``candidate`` is how PAD picks, ``persrm`` the checkpoint that guides it.
+    ``direction`` is DPA's, ``dpa`` the checkpoint that reads it, ``robust`` the replies that the best is kept of.
     ``tools`` are what the reply may call, ``opening`` what it is made to begin with.
     """
 
@@ -35,6 +36,9 @@ class Plan:
     left_out: tuple[str, ...] = ()
     candidate: str | None = None
     persrm: str | None = None
+    direction: Direction | None = None
+    dpa: str | None = None
+    robust: int | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     opening: tuple[tuple[str, bool], ...] = ()
 
@@ -55,6 +59,9 @@ class Plan:
             },
             "candidate": self.candidate,
             "persrm": self.persrm,
+            "direction": None if self.direction is None else self.direction.as_json(),
+            "dpa": self.dpa,
+            "robust": self.robust,
             "model": chat.name,
             "model_revision": chat.revision,
             "dtype": chat.dtype,
@@ -102,6 +109,8 @@ class Reply:
             "strength": self.plan.strength,
             "candidate": self.plan.candidate,
             "persrm": self.plan.persrm,
+            "dpa": self.plan.dpa,
+            "robust": self.plan.robust,
             "seed": self.plan.sampling.seed,
             "finish_reason": self.finish_reason,
             "usage": {"input_tokens": self.input_tokens, "output_tokens": self.output_tokens},
@@ -111,6 +120,7 @@ class Reply:
                 "principle": self.plan.principle,
                 "dials": {dial.dimension: dial.as_json() for dial in self.plan.dials},
                 "left_out": list(self.plan.left_out),
+                "direction": None if self.plan.direction is None else self.plan.direction.as_json(),
             },
             "timing": {name: value if value is None else round(value, 4) for name, value in vars(self.timing).items()},
             "conversation": self.conversation_id,

@@ -123,11 +123,22 @@ class Settings(BaseSettings):
     """Keep that in the computer's memory rather than the device's."""
 
     method: str = "auto"
-    """Alignment method for users who chose none: auto, none, prompt, linear, drift or pad."""
+    """Alignment method for users who chose none: auto, none, prompt, linear, drift, pad or dpa."""
 
     persrm: str | None = None
     """The PersRM that pad is guided by: a folder, a hub id, or an embedded one's name; by default the chat model's own,
     where one is embedded for it."""
+
+    dpa: str | None = None
+    """The DPA checkpoint that dpa answers by: a folder, a hub id, or an embedded one's name; by default the chat
+    model's own, where it has one."""
+
+    reward: str | None = None
+    """The reward model that chooses among replies: a folder, a hub id, or an embedded one's name; by default the one
+    that the DPA checkpoint's card names."""
+
+    robust: int | None = Field(default=None, ge=1)
+    """Replies that dpa keeps the best of, each asked for with a direction near the user's; one reply by default."""
 
     candidate: str | None = None
     """How pad picks: greedy, stochastic or best-of-k; by default the temperature decides between the first two."""

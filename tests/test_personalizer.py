@@ -239,7 +239,7 @@ def test_a_conversation_without_a_question_is_refused(make, messages):
         ({"strength": -1.0}, "strength"),
         ({"strength": 11.0}, "strength"),
         ({"method": "none", "strength": 1.0}, "takes no strength"),
-        ({"method": "dpa"}, "no method 'dpa'"),
+        ({"method": "dpa"}, "needs a chat model trained to read directions.* any model takes --method prompt"),
         ({"method": "pad"}, "needs a PersRM, and none is known"),
         ({"max_tokens": 0}, "max-tokens"),
         ({"temperature": -1.0}, "temperature"),

@@ -163,10 +163,10 @@ def make_model(vocabulary: int, *, context: int = 512, seed: int = 0) -> LlamaFo
         return LlamaForCausalLM(config).eval()
 
 
-def save_chat_model(folder: Path, family: str = "chatml", *, context: int = 512) -> Path:
+def save_chat_model(folder: Path, family: str = "chatml", *, context: int = 512, seed: int = 0) -> Path:
     """A chat model as a folder that transformers loads."""
     tokenizer = make_tokenizer(family)
-    model = make_model(len(tokenizer), context=context)
+    model = make_model(len(tokenizer), context=context, seed=seed)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

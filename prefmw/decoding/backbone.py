@@ -160,6 +160,19 @@ class Backbone:
         found = logits.gather(2, said.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)  # (R, T)
         return [row[: len(reply)].cpu() for row, (_, reply) in zip(found, pairs, strict=True)]
 
+    @torch.inference_mode()
+    def last_states(self, texts: Sequence[Sequence[int]], adapter: str | None = None) -> list[Tensor]:
+        """The hidden state after the final norm at the last token of each of R texts, (D,), float32, on the CPU."""
+        width = max(map(len, texts))
+        tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in texts], device=self.device)  # (R, N)
+        try:
+            if adapter is not None:
+                self.linears.begin(self.linears.gates([adapter] * len(texts)))
+            states = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # (R, N, D)
+        finally:
+            self.linears.end()
+        return [states[row, len(ids) - 1].float().cpu() for row, ids in enumerate(texts)]
+
     def restore(self, row: Row, tokens: Sequence[int], states: States) -> None:
         """Lay kept states of ``tokens`` into an empty row."""
         self.reserve(row.slot + 1, len(tokens))

@@ -25,7 +25,7 @@ from prefmw.decoding.backbone import Read
 from prefmw.decoding.generation import Generation
 from prefmw.decoding.linears import Adapter
 from prefmw.decoding.parking import Parking
-from prefmw.decoding.reading import Errand, read_all
+from prefmw.decoding.reading import Errand, read_all, read_states
 from prefmw.decoding.request import BASE, Request
 from prefmw.decoding.scheduler import Scheduler, free
 from prefmw.decoding.selfcheck import self_check
@@ -133,6 +133,18 @@ class Engine:
             self._check_open()
             self._table(backbone).add_adapter(name, adapter)
 
+    def ensure_adapter(self, name: str, adapter: Adapter, *, backbone: str = BASE) -> None:
+        """:meth:`add_adapter`, unless there is one by that name, which stays.
+
+        Raises:
+            UsageError, ModelError, EngineClosedError: as there.
+        """
+        with self._adding:
+            self._check_open()
+            table = self._table(backbone)
+            if name not in table.backbone.linears.names:
+                table.add_adapter(name, adapter)
+
     def submit(self, request: Request) -> Generation:
         """Queue a request and return at once.
 
@@ -186,6 +198,30 @@ class Engine:
         for context, reply in pairs:
             table.check_pair(context, reply)
         return read_all(table.backbone, pairs, self._between_steps, progress, adapter, head_scale)
+
+    def last_states(
+        self,
+        texts: Sequence[Sequence[int]],
+        progress: Callable[[float], None] = lambda share: None,
+        *,
+        backbone: str = BASE,
+        adapter: str | None = None,
+    ) -> list[Tensor]:
+        """The hidden state after the final norm at the last token of each text, (D,), float32; waits for it, as
+        :meth:`log_probabilities` does.
+
+        Raises:
+            UsageError: a text is empty, or has tokens that the model does not have.
+            ContextLengthError: it exceeds the capacity.
+            EngineError: the model failed, for want of memory say; or a combiner asks, whom the worker waits for.
+            EngineClosedError: the engine was shut down.
+        """
+        table = self._table(backbone)
+        table.backbone.linears.check(adapter)
+        texts = [token_ids("a text", text) for text in texts]
+        for text in texts:
+            table.check_pair(text[:-1], text[-1:])
+        return read_states(table.backbone, texts, self._between_steps, progress, adapter)
 
     def self_check(self) -> None:
         """Compare rows with whole forwards of the model; before the first request.

@@ -121,6 +121,11 @@ class GatedLinears:
         self._wide[name] = self._packed_with(self._adapters[name])
         self._put({layer: self._layers[layer] for layer in adapter.matrices})
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The adapters that are known."""
+        return frozenset(self._adapters)
+
     def check(self, adapter: str | None) -> None:
         """Raise ModelError for an adapter that is not known."""
         if adapter is not None and adapter not in self._adapters:

@@ -1,4 +1,4 @@
-"""Finished replies read for their probabilities: which of them share a forward."""
+"""Finished replies read for their probabilities, or for what a reward model makes of them: which share a forward."""
 
 from __future__ import annotations
 
@@ -34,29 +34,67 @@ def read_all(
     Raises:
         EngineError: out of memory with one reply alone.
     """
-    room = READ_AT_ONCE.get(backbone.device.type, READ_AT_ONCE["cuda"])
     sizes = [len(context) + len(reply) for context, reply in pairs]
-    waiting = deque(sorted(range(len(pairs)), key=sizes.__getitem__))
+    longest = [len(reply) for _, reply in pairs]
+
+    def fits(batch: Sequence[int]) -> bool:
+        return len(batch) * max(longest[index] for index in batch) * backbone.vocabulary <= LOGITS_AT_ONCE
+
+    def read(batch: Sequence[int]) -> list[Tensor]:
+        return backbone.log_probabilities([pairs[index] for index in batch], adapter, head_scale)
+
+    return _in_batches(backbone, sizes, fits, read, run, progress)
+
+
+def read_states(
+    backbone: Backbone,
+    texts: Sequence[Sequence[int]],
+    run: Callable[[Errand], list[Tensor]],
+    progress: Callable[[float], None],
+    adapter: str | None = None,
+) -> list[Tensor]:
+    """The hidden state at the last token of each text, (D,) each, likewise.
+
+    Raises:
+        EngineError: out of memory with one text alone.
+    """
+
+    def read(batch: Sequence[int]) -> list[Tensor]:
+        return backbone.last_states([texts[index] for index in batch], adapter)
+
+    return _in_batches(backbone, [len(text) for text in texts], lambda batch: True, read, run, progress)
+
+
+def _in_batches(
+    backbone: Backbone,
+    sizes: Sequence[int],
+    fits: Callable[[Sequence[int]], bool],
+    read: Callable[[Sequence[int]], list[Tensor]],
+    run: Callable[[Errand], list[Tensor]],
+    progress: Callable[[float], None],
+) -> list[Tensor]:
+    """What ``read`` gives for each of as many texts as there are ``sizes``, in tokens; a batch has one text at least,
+    and beyond that no more than ``fits`` and :data:`READ_AT_ONCE` allow.
+    """
+    room = READ_AT_ONCE.get(backbone.device.type, READ_AT_ONCE["cuda"])
+    waiting = deque(sorted(range(len(sizes)), key=sizes.__getitem__))
     found: dict[int, Tensor] = {}
-    most = len(pairs)
+    most = len(sizes)
     while waiting:
         batch: list[int] = []
-        longest = 0
         while waiting and len(batch) < most:
-            longest, count = max(longest, len(pairs[waiting[0]][1])), len(batch) + 1
-            too_wide = count * sizes[waiting[0]] > room
-            if batch and (too_wide or count * longest * backbone.vocabulary > LOGITS_AT_ONCE):
+            wider = [*batch, waiting[0]]
+            if batch and (len(wider) * sizes[waiting[0]] > room or not fits(wider)):
                 break
             batch.append(waiting.popleft())
         try:
-            some = [pairs[index] for index in batch]
-            read = run(partial(backbone.log_probabilities, some, adapter, head_scale))
+            some = run(partial(read, batch))
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise EngineError(f"out of memory with one reply to be read, of {sizes[batch[0]]} tokens") from error
             waiting.extendleft(reversed(batch))
             most = len(batch) // 2
             continue
-        found.update(zip(batch, read, strict=True))
-        progress(len(found) / len(pairs))
-    return [found[index] for index in range(len(pairs))]
+        found.update(zip(batch, some, strict=True))
+        progress(len(found) / len(sizes))
+    return [found[index] for index in range(len(sizes))]

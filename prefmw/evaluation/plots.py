@@ -185,3 +185,50 @@ def plot_dials(rows: Sequence[dict[str, Any]], path: Path) -> None:
     panels[0].set_ylabel("measure")
     panels[-1].legend(fontsize=7)
     figure.savefig(path, dpi=110)
+
+
+def plot_control(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The front: mean helpfulness over mean verbosity by the oracles, a policy a line, its points with their intervals.
+
+    Figure 4 of the DPA paper shows the same by the reward model.
+
+    Args:
+        rows: of ``prefmw eval control --json``.
+        path: where the picture goes; its ending names the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        ours = sorted((row for row in rows if row["policy"] == policy), key=lambda row: float(row["verbosity"]))
+        spans = {
+            name: [[abs(row[name] - row[f"{name}_ci95"][side]) for row in ours] for side in (0, 1)]
+            for name in ("helpfulness", "verbosity")
+        }
+        left.errorbar(
+            [row["verbosity"] for row in ours],
+            [row["helpfulness"] for row in ours],
+            xerr=spans["verbosity"],
+            yerr=spans["helpfulness"],
+            marker="o",
+            markersize=3,
+            linewidth=1 if len(ours) > 2 else 0,
+            elinewidth=0.6,
+            label=policy,
+        )
+        turned = [row for row in ours if row["angle"] is not None]
+        if turned:
+            turned.sort(key=lambda row: float(row["angle"]))
+            right.plot([row["angle"] for row in turned], [row["verbosity"] for row in turned], marker="o", label=policy)
+            right.fill_between(
+                [row["angle"] for row in turned],
+                *zip(*(row["verbosity_ci95"] for row in turned), strict=True),
+                alpha=0.2,
+            )
+    left.set(xlabel="verbosity (oracle, 0-100)", ylabel="helpfulness (oracle, 0-100)", title="the front")
+    right.set(xlabel="angle asked for, degrees", ylabel="verbosity (oracle, 0-100)", title="what a direction does")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -18,7 +18,6 @@ import json
 import math
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,8 @@ from typing import Any
 from torch import Tensor
 
 from prefmw.alignment import Combined
-from prefmw.decoding import Generation, Request, Sampling
+from prefmw.decoding import Request, Sampling
+from prefmw.decoding.many import decode_all
 from prefmw.errors import UsageError
 from prefmw.evaluation.content import read_content, repeats
 from prefmw.evaluation.held_out import KINDS, Item, held_out_items
@@ -58,9 +58,6 @@ MAX_TOKENS = 320
 
 TOP_P = Defaults.top_p
 """The nucleus of the candidate rule, prefmw's default."""
-
-WAITING = 128
-"""Requests that the engine has at a time."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +153,8 @@ def conditions(
     for method in methods:
         if check_method(method) == "auto":
             raise UsageError("name the methods to compare; auto is whichever of them a profile calls for")
+        if method == "dpa":
+            raise UsageError("directions are measured by 'prefmw eval control'; name other methods to compare here")
         for strength in (strengths or [None]) if STRENGTHS[method] else [None]:  # type: ignore[list-item]
             strength = check_strength(method, strength)
             if method != "pad":
@@ -399,26 +398,8 @@ def replies_to(
 
 
 def said_to(requests: Iterable[Request], backend: Backend) -> Iterator[tuple[list[int], bool]]:
-    """The replies' tokens, in the order of the requests, and whether each came to its end.
-
-    The engine has :data:`WAITING` of them at a time and is never short of rows; who stops reading cancels those.
-    """
-    waiting: deque[Generation] = deque()
-    try:
-        for request in requests:
-            waiting.append(backend.engine.submit(request))
-            if len(waiting) == WAITING:
-                yield _whole(waiting.popleft())
-        while waiting:
-            yield _whole(waiting.popleft())
-    finally:
-        for generation in waiting:
-            generation.cancel()
-
-
-def _whole(generation: Generation) -> tuple[list[int], bool]:
-    with generation:
-        return list(generation), generation.finish_reason == "stop"
+    """The replies' tokens, in the order of the requests, and whether each came to its end."""
+    yield from decode_all(requests, backend.engine)
 
 
 def request_of(

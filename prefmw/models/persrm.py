@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from prefmw.errors import ModelError, ModelNotFoundError, UsageError
 from prefmw.models.chat_model import ChatModel, fingerprint
+from prefmw.models.lora_files import check_numbers, lora_among, read_tensors, write_tensors
 from prefmw.preferences import Message
 
 CARD, WEIGHTS = "persrm.json", "persrm.safetensors"
@@ -157,18 +158,23 @@ class PersRM:
 
     def check_backbone(self, chat: ChatModel) -> None:
         """Raise ModelError where ``chat`` is not the model that this was trained on."""
-        ours, theirs = self.card.backbone, BackboneCard.of(chat)
-        what = f"the PersRM '{self.card.name}' was trained on '{ours.name}'"
-        if ours.hidden_size != theirs.hidden_size:
-            raise ModelError(
-                f"{what} with hidden states of {ours.hidden_size}, and this '{chat.name}' has {theirs.hidden_size}; "
-                "name the checkpoint that was made for it"
-            )
-        if ours.weights != theirs.weights:
-            raise ModelError(
-                f"{what} (weights {ours.weights}), and the '{chat.name}' found here has other weights "
-                f"({theirs.weights}); get that revision ({ours.revision}), or train a PersRM on this one"
-            )
+        check_backbone(f"the PersRM '{self.card.name}'", self.card.backbone, chat)
+
+
+def check_backbone(what: str, ours: BackboneCard, chat: ChatModel) -> None:
+    """Raise ModelError where ``chat`` is not the model ``ours`` that a checkpoint, ``what``, was trained on."""
+    theirs = BackboneCard.of(chat)
+    what = f"{what} was trained on '{ours.name}'"
+    if ours.hidden_size != theirs.hidden_size:
+        raise ModelError(
+            f"{what} with hidden states of {ours.hidden_size}, and this '{chat.name}' has {theirs.hidden_size}; "
+            "name the checkpoint that was made for it"
+        )
+    if ours.weights != theirs.weights:
+        raise ModelError(
+            f"{what} (weights {ours.weights}), and the '{chat.name}' found here has other weights "
+            f"({theirs.weights}); get that revision ({ours.revision}), or train one on this model"
+        )
 
 
 def load_persrm(folder: Path) -> PersRM:
@@ -184,11 +190,12 @@ def load_persrm(folder: Path) -> PersRM:
                 f"no PersRM in '{folder}': it holds no {CARD}; name the folder that 'prefmw train persrm' wrote"
             )
         card = _read_card(folder)
-        tensors = _read_tensors(folder / WEIGHTS) if (folder / WEIGHTS).is_file() or card.head != "linear" else {}
+        is_there = (folder / WEIGHTS).is_file() or card.head != "linear"
+        tensors = read_tensors(folder / WEIGHTS, "PersRM") if is_there else {}
         linear = _read_linear(folder, card, tensors) if card.head == "linear" else None
     except OSError as error:
         raise ModelError(f"the PersRM in '{folder}' cannot be read: {error.strerror or error}") from error
-    lora = _paired(tensors, folder)
+    lora = lora_among(tensors, folder, "PersRM")
     size = card.backbone.hidden_size
     expected = {"scale": {"W": (size, size), "mean": (size,), "deviation": (size,)}}.get(card.head, {})
     for name, shape in expected.items():
@@ -196,21 +203,13 @@ def load_persrm(folder: Path) -> PersRM:
         if got != shape:
             raise ModelError(f"the PersRM in '{folder}' needs {name} of shape {shape}, got {got or 'none'}")
     kept = {name: tensors[name].float() for name in expected}
-    if not all(
-        bool(tensor.isfinite().all()) for tensor in (*kept.values(), *(part for pair in lora.values() for part in pair))
-    ):
-        raise ModelError(f"the PersRM in '{folder}' holds numbers that are not finite; train it anew")
+    check_numbers(list(kept.values()), folder, "PersRM")
     return PersRM(card, fingerprint(folder), lora, kept.get("W"), kept.get("mean"), kept.get("deviation"), linear)
 
 
 def save_persrm(folder: Path, persrm: PersRM, dtype: torch.dtype = torch.float32) -> None:
     """Write a checkpoint, the card last, so that a folder with a card is whole."""
-    from safetensors.torch import save_file
-
     tensors = {
-        f"lora.{layer}.{part}": pair[index] for layer, pair in persrm.lora.items() for index, part in enumerate("AB")
-    }
-    tensors |= {
         name: tensor
         for name, tensor in (("W", persrm.weight), ("mean", persrm.mean), ("deviation", persrm.deviation))
         if tensor is not None
@@ -219,9 +218,7 @@ def save_persrm(folder: Path, persrm: PersRM, dtype: torch.dtype = torch.float32
         tensors |= {"head.weight": persrm.linear.weight, "head.bias": persrm.linear.bias}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
-    save_file(
-        {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS
-    )
+    write_tensors(folder / WEIGHTS, persrm.lora, tensors, dtype)
     (folder / CARD).write_text(persrm.card.to_json(), encoding="utf-8")
 
 
@@ -266,32 +263,6 @@ def _read_card(folder: Path) -> Card:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"'{folder / CARD}' is no PersRM's card, or is cut short: {reason}") from error
     return card
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except FileNotFoundError as error:
-        raise ModelError(f"the PersRM in '{path.parent}' lacks {path.name}; copy the whole folder") from error
-    except (SafetensorError, ValueError) as error:
-        raise ModelError(
-            f"'{path}' cannot be read; it may be cut short: {' '.join(str(error).split())[:200]}"
-        ) from error
-
-
-def _paired(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """The LoRA by layer."""
-    layers = {name[len("lora.") : -2] for name in tensors if name.startswith("lora.")}
-    found = {}
-    for layer in sorted(layers):
-        pair = tensors.get(f"lora.{layer}.A"), tensors.get(f"lora.{layer}.B")
-        if pair[0] is None or pair[1] is None or pair[0].shape[0] != pair[1].shape[1]:
-            raise ModelError(f"the PersRM in '{folder}' has half a LoRA on '{layer}'; copy the whole folder")
-        found[layer] = (pair[0].float(), pair[1].float())
-    return found
 
 
 def _read_linear(folder: Path, card: Card, tensors: Mapping[str, Tensor]) -> nn.Linear:

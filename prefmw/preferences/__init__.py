@@ -1,6 +1,7 @@
 """What a user likes: dimensions, weights, profiles, principle text. Knows no model and no database."""
 
 from prefmw.preferences.dimensions import Dimension, Dimensions, default_dimensions, parse_dimensions
+from prefmw.preferences.directions import Direction, DPACard, direction_of
 from prefmw.preferences.methods import (
     AUTO,
     BEST_OF_K,
@@ -57,9 +58,11 @@ __all__ = [
     "UNCHANGED",
     "Conversation",
     "ConversationEntry",
+    "DPACard",
     "Dial",
     "Dimension",
     "Dimensions",
+    "Direction",
     "Feedback",
     "FeedbackKind",
     "Message",
@@ -85,6 +88,7 @@ __all__ = [
     "check_user_id",
     "default_dimensions",
     "dials_of",
+    "direction_of",
     "parse_dimensions",
     "persona_sentence",
     "principle_text",

@@ -34,9 +34,9 @@ STRENGTHS: dict[str, Strength | None] = {
     "pad": Strength("beta", default=1.0, low=0.0, high=3.0, zero="prompting under PAD's prefix and candidate rule"),
     "dpa": None,
 }
-"""The strength of every method that prefmw is designed for; ``None`` where a method takes none."""
+"""The strength of every method; ``None`` where a method takes none."""
 
-METHODS = ("none", "prompt", "linear", "drift", "pad")
+METHODS = tuple(STRENGTHS)
 """The methods that this version decodes with."""
 
 

@@ -10,10 +10,7 @@ since w_p^T log pi-hat(a|s) = log pi(a|s,p), and a sequence's log-probability is
 from __future__ import annotations
 
 import logging
-import random
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from prefmw.errors import TrainingError
 from prefmw.models import ChatModel
 from prefmw.training.pair_reading import EncodedPair
-from prefmw.training.runs import Bar, check_finite, last_whole_checkpoint
+from prefmw.training.runs import Bar, LikeLengths, check_finite, head_on_replies_alone, last_whole_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -77,9 +74,9 @@ def train_lora(
         def _precompute_ref_logps(self, dataset: Any, *arguments: Any, **options: Any) -> Any:
             return dataset
 
-        def _get_train_sampler(self, *arguments: Any, **options: Any) -> _LikeLengths:
+        def _get_train_sampler(self, *arguments: Any, **options: Any) -> LikeLengths:
             lengths = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in train]
-            return _LikeLengths(lengths, per_device * accumulated, seed)
+            return LikeLengths(lengths, per_device * accumulated, seed)
 
         def _send_telemetry(self) -> None:
             """None, ever."""
@@ -143,64 +140,9 @@ def train_lora(
     begun = last_whole_checkpoint(out)
     if begun:
         _log.info("stage 1 goes on from %s", begun)
-    with _head_on_replies_alone():
+    with head_on_replies_alone():
         trainer.train(resume_from_checkpoint=begun)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise TrainingError("this backbone has no linear layers that a LoRA could be put on; choose another")
     return model.eval(), trainer.state.log_history
-
-
-class _LikeLengths(torch.utils.data.Sampler[int]):
-    """All indices in batches of like lengths, shuffled by seed and epoch alone, so that a resumed run meets the batches
-    that it would have met.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
-        self._lengths, self._batch, self._seed, self._epoch = lengths, batch, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch's order comes next."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        rng, order = random.Random(f"{self._seed}:{self._epoch}"), list(range(len(self._lengths)))
-        rng.shuffle(order)
-        batches: list[list[int]] = []
-        for start in range(0, len(order), 50 * self._batch):
-            some = sorted(order[start : start + 50 * self._batch], key=lambda index: self._lengths[index])
-            batches += [some[at : at + self._batch] for at in range(0, len(some), self._batch)]
-        rng.shuffle(batches)
-        return iter([index for batch in batches for index in batch])
-
-
-@contextmanager
-def _head_on_replies_alone() -> Iterator[None]:
-    """Have TRL's head read the replies' tokens alone on a CPU, as it does where it has Triton: the prompts' cost four
-    fifths of a step there, and count for nothing.
-    """
-    from trl.trainer import utils
-
-    before = getattr(utils, "_use_triton", None)
-    if before is None or torch.cuda.is_available():
-        yield
-        return
-    utils._use_triton = lambda device: True
-    try:
-        yield
-    finally:
-        utils._use_triton = before
-
-
-def lora_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """A PEFT model's LoRA by layer, as (A, B scaled by alpha / r), float32 on the CPU."""
-    found = {}
-    for name, module in model.get_base_model().named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
-            scaled = up.detach().float() * module.scaling["default"]
-            found[name] = (down.detach().float().cpu(), scaled.cpu())
-    return found

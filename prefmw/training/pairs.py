@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmw.errors import UsageError
+from prefmw.models.reward import HELPSTEER
 from prefmw.preferences import Message
 from prefmw.training.rows import read_rows
 
@@ -41,7 +42,6 @@ ATTRIBUTES = {
 }
 """Scored attributes, and the word that asks for each."""
 
-_HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 _ROLES = ("system", "user", "assistant")
 
 
@@ -77,7 +77,7 @@ def read_pairs(paths: Iterable[Path], preference: str | None = None) -> tuple[li
             try:
                 if "response" in row and "chosen" not in row:
                     prompt = _text(row, "prompt")
-                    scored[prompt].append((_text(row, "response"), _scores(row, _HELPSTEER)))
+                    scored[prompt].append((_text(row, "response"), _scores(row, HELPSTEER)))
                 elif "completions" in row:
                     pairs += _compared(_text(row, "instruction"), _rated(row), left_out)
                 else:

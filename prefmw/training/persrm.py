@@ -10,11 +10,9 @@ import hashlib
 import json
 import logging
 import random
-import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.resources import files
@@ -22,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,7 +29,7 @@ from prefmw.models.persrm import BackboneCard, Card, PersRM, Prefix, load_persrm
 from prefmw.training.composed_pairs import composed_pairs
 from prefmw.training.pair_reading import EncodedPair, encode_pairs, pair_log_probabilities
 from prefmw.training.pairs import Pair, read_pairs
-from prefmw.training.runs import claim, fastest_dtype, keep_freed_memory
+from prefmw.training.runs import bars, claim, fastest_dtype, keep_freed_memory, lora_of
 
 _log = logging.getLogger(__name__)
 
@@ -160,7 +156,7 @@ def train_persrm(
     """
     from accelerate import PartialState
 
-    from prefmw.training.dpo import lora_of, train_lora
+    from prefmw.training.dpo import train_lora
     from prefmw.training.preference_head import train_head
 
     keep_freed_memory()
@@ -175,7 +171,7 @@ def train_persrm(
     )
     chat.module.requires_grad_(False)
     progress = progress and state.is_main_process
-    with _bars(progress) as bar:
+    with bars(progress) as bar:
         found = _encoded(pairs, left_out, chat, recipe, bar("tokenising"))
         for count, reason in ((count, reason) for reason, count in found.left_out.most_common()):
             _log.warning("%d rows left out %s", count, reason)
@@ -387,17 +383,6 @@ def _counts(data: _Data) -> dict[str, Any]:
 
 def _plain(table: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if value is not None}
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    with Progress(console=Console(file=sys.stderr), disable=not shown) as progress:
-
-        def bar(name: str) -> Callable[[int, int], None]:
-            task = progress.add_task(name, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
-
-        yield bar
 
 
 def _plot(metrics: dict[str, Any], path: Path) -> None:

@@ -7,12 +7,17 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
+import random
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 from transformers.trainer_callback import ProgressCallback
 
@@ -93,3 +98,70 @@ class Bar(ProgressCallback):  # type: ignore[misc]
         shown = {key: f"{value:.3f}" for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
         if self.training_bar is not None and shown:
             self.training_bar.set_postfix(shown)
+
+
+class LikeLengths(torch.utils.data.Sampler[int]):
+    """All indices in batches of like lengths, shuffled by seed and epoch alone, so that a resumed run meets the batches
+    that it would have met.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self._lengths, self._batch, self._seed, self._epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch's order comes next."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng, order = random.Random(f"{self._seed}:{self._epoch}"), list(range(len(self._lengths)))
+        rng.shuffle(order)
+        batches: list[list[int]] = []
+        for start in range(0, len(order), 50 * self._batch):
+            some = sorted(order[start : start + 50 * self._batch], key=lambda index: self._lengths[index])
+            batches += [some[at : at + self._batch] for at in range(0, len(some), self._batch)]
+        rng.shuffle(batches)
+        return iter([index for batch in batches for index in batch])
+
+
+def lora_of(model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """A PEFT model's LoRA by layer, as (A, B scaled by alpha / r), float32 on the CPU."""
+    found = {}
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+            scaled = up.detach().float() * module.scaling["default"]
+            found[name] = (down.detach().float().cpu(), scaled.cpu())
+    return found
+
+
+@contextmanager
+def bars(shown: bool) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Progress bars on stderr: a name makes one, which is told how much of how much is done."""
+    with Progress(console=Console(file=sys.stderr), disable=not shown) as progress:
+
+        def bar(name: str) -> Callable[[int, int], None]:
+            task = progress.add_task(name, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield bar
+
+
+@contextmanager
+def head_on_replies_alone() -> Iterator[None]:
+    """Have TRL's head read the replies' tokens alone on a CPU, as it does where it has Triton: the prompts' cost four
+    fifths of a step there, and count for nothing.
+    """
+    from trl.trainer import utils
+
+    before = getattr(utils, "_use_triton", None)
+    if before is None or torch.cuda.is_available():
+        yield
+        return
+    utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        utils._use_triton = before

@@ -375,3 +375,29 @@ def test_a_closed_engine_reads_nothing(model):
     engine.close()
     with pytest.raises(EngineClosedError):
         engine.log_probabilities([(SHORT, SHORT)])
+
+
+def test_last_states_are_those_of_whole_forwards_with_a_lora_and_without(model, engine):
+    from tests.decoding.test_backbone import lora
+    from tests.toymodels import make_model
+
+    texts = [LONG, SHORT, [*SHORT, *LONG]]
+    adapter = lora(model)
+    engine.ensure_adapter("judge", adapter)
+    engine.ensure_adapter("judge", adapter)  # the one that is there stays
+    merged = make_model(VOCABULARY, context=256)  # the same again
+    with torch.no_grad():
+        for name, (down, up) in adapter.matrices.items():
+            merged.get_submodule(name).weight += up @ down
+    for judge, adapter_name in ((model, None), (merged, "judge")):
+        for found, text in zip(engine.last_states(texts, adapter=adapter_name), texts, strict=True):
+            with torch.no_grad():
+                expected = judge.base_model(torch.tensor([list(text)])).last_hidden_state[0, -1]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert engine.last_states([]) == []
+
+
+@pytest.mark.parametrize("text", [[], [VOCABULARY], [5]])
+def test_a_text_that_cannot_be_read_is_refused(engine, text):
+    with pytest.raises(UsageError):
+        engine.last_states([text])
