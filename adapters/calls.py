@@ -66,14 +66,15 @@ def trimmed(said: list[Message], prepared: Prepared, personalizer: Personalizer)
     Room is ``max_tokens``, or a quarter of the model's context if that is less. System messages and the last question
     stay, so what is then too long still is.
     """
-    chat, plan = personalizer.load(), prepared.plan
-    guidance = personalizer.guidance(plan)
+    plan = prepared.plan
+    guidance, arithmetic = personalizer.guidance(plan), personalizer.arithmetic(plan)
+    chat = arithmetic.chat if arithmetic else personalizer.load()
     room = min(plan.sampling.max_tokens, chat.capacity // 4)
     system = [message for message in said if message.role == "system"]
     turns = [message for message in said if message.role != "system"]
 
     def fits(start: int) -> bool:
-        request = build_request(plan, [*system, *turns[start:]], chat, guidance)
+        request = build_request(plan, [*system, *turns[start:]], chat, guidance, None, arithmetic)
         return max(len(view.context) for view in request.views) + room <= chat.capacity
 
     if fits(0):

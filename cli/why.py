@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefmw.cli.options import DatabaseOption, JsonOption, PersRMOption, opened_store
+from prefmw.cli.options import DatabaseOption, DPAOption, JsonOption, PersRMOption, opened_store
 from prefmw.cli.output import loading, print_json, print_table, printable, say
 from prefmw.errors import UsageError
 
@@ -78,6 +78,7 @@ def why(
         str | None, typer.Option("-m", "--model", help="The chat model, where it goes by another name today.")
     ] = None,
     persrm: PersRMOption = None,
+    dpa: DPAOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Draw it to this .html page or .svg picture instead.")
     ] = None,
@@ -102,7 +103,9 @@ def why(
         for user_id in users:
             profile = store.profile(user_id)
             recorded, messages = find_turn(store, user_id, turn)
-            settings = load_settings({"model": model or recorded.model, "persrm": persrm, "database": database})
+            settings = load_settings(
+                {"model": model or recorded.model, "persrm": persrm, "dpa": dpa, "database": database}
+            )
             with loading(settings.model):
                 backend = load_backend(settings)
             found = explain_turn(recorded, messages, backend)

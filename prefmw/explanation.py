@@ -208,7 +208,18 @@ def _request(plan: Plan, messages: Sequence[Message], backend: Backend) -> Reque
                 "that one with --persrm"
             )
         scale = guidance.scale(plan.principle)
-    return build_request(plan, messages, backend.chat, guidance, scale)
+    arithmetic = backend.arithmetic() if plan.method == "dpa" else None
+    if arithmetic is not None and plan.dpa not in (None, arithmetic.label):
+        raise UsageError(
+            f"this reply followed the DPA checkpoint {plan.dpa}, and the one at hand is {arithmetic.label}; name that "
+            "one with --dpa"
+        )
+    if arithmetic is not None and arithmetic.chat is not backend.chat:
+        raise UsageError(
+            f"the DPA checkpoint {arithmetic.label} is a chat model of its own; name it with -m as well, so that its "
+            "reply is compared with its own plain one"
+        )
+    return build_request(plan, messages, backend.chat, guidance, scale, arithmetic)
 
 
 def _plain_view(plan: Plan, messages: Sequence[Message], chat: ChatModel) -> Any:
@@ -291,6 +302,7 @@ def _plan_of(turn: RecordedTurn) -> Plan:
         dials=tuple(Dial(key, **dial) for key, dial in stored.get("dials", {}).items()),
         candidate=stored.get("candidate"),
         persrm=stored.get("persrm"),
+        dpa=stored.get("dpa"),
         tools=tuple(stored.get("tools", ())),
         opening=((opening, True),) if opening else (),
     )

@@ -16,6 +16,7 @@ from prefmw.bootstrap import build_personalizer, close_engines, load_arithmetic,
 from prefmw.checkpoints import dpa_source, has_dpa, reward_source
 from prefmw.decoding import Sampling
 from prefmw.errors import ModelError, ModelNotFoundError, UsageError
+from prefmw.explanation import explain_turn, find_turn
 from prefmw.models.dpa import DPA, load_dpa, save_dpa
 from prefmw.models.persrm import BackboneCard
 from prefmw.models.reward import RELEASED as RELEASED_REWARD
@@ -335,3 +336,21 @@ def test_langchain_takes_a_checkpoint_as_a_field(checkpoint, toy, home):
     reply = chat.invoke("Hello?")
     assert reply.response_metadata["prefmw"]["method"] == "dpa"
     close_engines()
+
+
+def test_why_compares_a_direction_s_reply_with_the_plain_model(make, store, backend, arithmetic):
+    prefer(store, verbosity=-0.6)
+    make().reply("alice", QUESTION, Options(method="dpa"))
+    turn, messages = find_turn(store, "alice", None)
+    ours = backend._replace(load_arithmetic=lambda: arithmetic)
+    found = explain_turn(turn, messages, ours)
+    assert found.text == turn.text
+    asked = backend.chat.template.encode([Message("system", found.plan.principle), *QUESTION])
+    plain = backend.chat.template.encode(QUESTION)
+    for context, adapter, name in ((asked, arithmetic.adapter, "aligned"), (plain, None, "plain")):
+        (read,) = backend.engine.log_probabilities([(context, list(turn.token_ids))], adapter=adapter)
+        said = [getattr(step.said, name) for step in found.steps][: len(read)]
+        assert said == pytest.approx([float(one) for one in read], abs=0.01)
+    another = replace(arithmetic, revision="another")
+    with pytest.raises(UsageError, match="--dpa"):
+        explain_turn(turn, messages, backend._replace(load_arithmetic=lambda: another))
