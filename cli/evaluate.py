@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -304,14 +304,26 @@ def choices(
     wrong: Annotated[
         list[float] | None, typer.Option("--wrong", help="Share of wrong choices; may be given several times.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Let them choose between this chat model's replies, by the oracles."),
+    ] = None,
+    questions: Annotated[
+        int, typer.Option("--questions", min=12, help="With --model: questions that it answers six times.")
+    ] = 60,
     seed: Annotated[int, typer.Option("--seed", help="Of people and replies.")] = 0,
     out: OutOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare what is learned from simulated people's choices with the truth, beside the best that is possible."""
+    """Compare what is learned from simulated people's choices with the truth, beside the best that is possible; with
+    --model, tell how many of their other choices it predicts.
+    """
     from prefmw.evaluation.choosers import chooser_rows
     from prefmw.evaluation.runs import Run
 
+    if model is not None:
+        _real_choices(model, questions, people, seed, out, json)
+        return
     shares = wrong or [0.0, 0.2]
     if any(not 0 <= share < 0.5 for share in shares):
         raise UsageError("a share of wrong choices lies in [0, 0.5)")
@@ -322,6 +334,29 @@ def choices(
         for row in run.unit(f"wrong {share}", lambda share=share: chooser_rows(people, count, share, seed))  # type: ignore[misc]
     ]
     finish(run, json, rows=rows)
+
+
+def _real_choices(model: str, questions: int, people: int, seed: int, out: Path | None, json: bool) -> None:
+    from prefmw.bootstrap import load_backend, load_dimensions, load_scale
+    from prefmw.evaluation.real_choices import accuracy_rows, real_pairs
+    from prefmw.evaluation.runs import Run, model_used
+    from prefmw.settings import load_settings
+
+    settings = load_settings({"model": model})
+    with loading(settings.model):
+        backend = load_backend(settings)
+    dimensions = load_dimensions(settings)
+    about = {**model_used(backend, dimensions), "questions": questions, "people": people, "seed": seed}
+    run = Run("choices", about, out)
+    with stages() as tell:
+        scale = load_scale(settings, dimensions, lambda share: tell("measuring scores", share))
+
+        def rows() -> list[dict[str, Any]]:
+            asked, judged = real_pairs("test", questions, backend, dimensions, scale, seed, tell)
+            return accuracy_rows(asked, judged, people, seed)
+
+        found = run.unit("accuracy", rows)
+    finish(run, json, accuracy=found)
 
 
 def _check_picture(path: Path, rows: Sequence[Condition]) -> None:

@@ -189,10 +189,7 @@ def instructive_pair(
     """
     _check_scale(scale, dimensions)
     rng = np.random.default_rng(sampling.seed)
-    requests = [
-        _leaning(messages, profile, backend, dimensions, scale.dimensions, rng, sampling, index)
-        for index in range(candidates)
-    ]
+    requests = leaning(messages, profile, backend, dimensions, scale.dimensions, sampling, candidates, rng)
     found = {text.strip(): ended for text, ended in spoken(requests, backend) if text.strip()}
     replies = list(found)
     if len(replies) < 2:
@@ -205,6 +202,23 @@ def instructive_pair(
     return (replies[one], replies[other]) if rng.random() < 0.5 else (replies[other], replies[one])
 
 
+def leaning(
+    messages: Sequence[Message],
+    profile: Profile,
+    backend: Backend,
+    dimensions: Dimensions,
+    keys: Sequence[str],
+    sampling: Sampling,
+    count: int,
+    rng: np.random.Generator | None = None,
+) -> list[Request]:
+    """Requests for ``count`` replies that lean somewhere at random, each along as many of ``keys`` as act at once, each
+    with a seed of its own.
+    """
+    rng = rng or np.random.default_rng(sampling.seed)
+    return [_leaning(messages, profile, backend, dimensions, keys, rng, sampling, index) for index in range(count)]
+
+
 def _leaning(
     messages: Sequence[Message],
     profile: Profile,
@@ -215,7 +229,6 @@ def _leaning(
     sampling: Sampling,
     index: int,
 ) -> Request:
-    """A request for a reply that leans somewhere at random, along as many dimensions as act at once."""
     weights = rng.normal(size=len(keys))
     weights /= np.linalg.norm(weights)
     strongest = sorted(range(len(keys)), key=lambda at: -abs(weights[at]))[: Defaults.max_dials]

@@ -183,6 +183,13 @@ def rewards_table(rows: Sequence[Row]) -> Table:
     return Table(["method", *names, *heads, "diversity", "win rate", "cost"], body)
 
 
+def accuracy_table(rows: Sequence[Row]) -> Table:
+    """``eval choices --model``: how many of a person's other choices are predicted."""
+    head = ["learner", "choices", "predicted", "95%"]
+    body = [[row["learner"], str(row["choices"]), number(row["accuracy"], 3), interval(row, 3)] for row in rows]
+    return Table(head, body)
+
+
 def learners_table(rows: Sequence[Row]) -> Table:
     """``eval choices``: how near what is learned comes to the truth."""
     head = ["learner", "wrong", "cosine", "95%", "enough for random pairs'"]
@@ -226,8 +233,9 @@ KINDS = {
     ),
     "choices": Kind(
         "Learning from choices",
-        "The cosine of the weights learned from simulated people's choices to the weights that they chose by.",
-        {"rows": learners_table},
+        "The cosine of the weights learned from simulated people's choices to the weights that they chose by; between "
+        "a model's own replies, the share of their other choices that what was learned predicts.",
+        {"rows": learners_table, "accuracy": accuracy_table},
     ),
 }
 """By command."""
