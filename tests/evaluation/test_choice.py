@@ -161,7 +161,7 @@ def test_likelihood_chooses_the_answer_of_the_highest_mean(tiny, shipped):
 
 
 def test_steering_towards_a_person_is_seen_on_the_embedded_model(tiny):
-    drawn = draw(composed_questions("dev", 6, 0), 0, everybody=True)
+    drawn = draw(composed_questions("dev", 24, 0), 0, everybody=True)
     done = []
     table = choice_rows(
         drawn,
@@ -176,7 +176,7 @@ def test_steering_towards_a_person_is_seen_on_the_embedded_model(tiny):
     assert whole["none"]["accuracy"] == 0.25  # whoever asks, the plain model chooses the same answer
     assert whole["linear"]["accuracy"] > 0.4
     assert whole["linear"]["over_prompt"]["mean"] > 0
-    assert done[-1] == ("linear", 24)
+    assert done[-1] == ("linear", 96)
     assert all(low <= row["accuracy"] <= high for row in table for low, high in [row["ci95"]])
 
 
