@@ -216,6 +216,8 @@ def _print(one: Shown) -> None:
             )
     if rows:
         print_table(["token", "plain", "aligned", "change", "likeliest without the preference"], rows)
+    elif one.found.plan.method == "none" or not (one.found.plan.principle or one.found.plan.dials):
+        say("this reply was made without a preference: it is the model's own")
     else:
         say("the preference made no token of this reply twice or half as likely")
 

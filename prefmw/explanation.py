@@ -240,7 +240,7 @@ def find_turn(store: PreferenceStore, user_id: str, turn_id: int | None) -> tupl
         if wanted:
             return wanted[-1], _answered_by(wanted[-1], turns)
     which = "no turn yet" if turn_id is None else f"no turn {turn_id}"
-    raise UsageError(f"'{user_id}' has {which}; see: prefmw logs list {user_id}")
+    raise UsageError(f"'{user_id}' has {which}; see: prefmw logs show {user_id}")
 
 
 def _answered_by(turn: RecordedTurn, turns: Sequence[RecordedTurn]) -> list[Message]:

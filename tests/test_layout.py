@@ -87,6 +87,7 @@ ARROWS = {
         "prefmw.evaluation.oracles",
     ),
     "prefmw.evaluation": (
+        "prefmw.choices",
         "prefmw.preferences",
         "prefmw.alignment",
         "prefmw.decoding",

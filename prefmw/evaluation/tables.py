@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from prefmw.errors import UsageError
 from prefmw.evaluation.steer import Condition
 
 Row = Mapping[str, Any]
@@ -30,13 +31,22 @@ class Kind(NamedTuple):
 def tables_of(result: Mapping[str, Any]) -> dict[str, Table]:
     """Every list of rows in a result as a table; those of a command that is not known here with all their plain
     columns.
+
+    Raises:
+        UsageError: rows lack what the command's have.
     """
     kind = KINDS.get(result.get("command", ""))
     known = kind.tables if kind else {}
     found = {}
     for name, rows in result.items():
         if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
-            found[name] = known.get(name, plain_table)(rows)
+            try:
+                found[name] = known.get(name, plain_table)(rows)
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(
+                    f"the result of 'eval {str(result.get('command'))[:40]}' is not one of this version's: its {name} "
+                    f"lack or spoil {str(error)[:60]}; delete it and run again"
+                ) from error
     return found
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from prefmw.errors import UsageError
 from prefmw.evaluation.tables import interval, pivoted, plain_table, tables_of
 
 
@@ -41,3 +44,8 @@ def test_an_unknown_command_s_rows_are_shown_as_they_are():
     assert table == plain_table(result["rows"])
     assert table.head == ["name", "value", "ends", "none"]
     assert table.body == [["x", "0.1235", "1 to 2", "–"]]
+
+
+def test_rows_of_another_kind_are_told():
+    with pytest.raises(UsageError, match="eval choice.*rows"):
+        tables_of({"command": "choice", "rows": [{"a": 1}]})
