@@ -103,7 +103,7 @@ def _tip(step: Step) -> str:
 
 
 def _bar(log_probability: float, *, aligned: bool = False) -> str:
-    told = percent(log_probability)
+    told = escape(percent(log_probability))
     width = 100 * min(1.0, 2.718281828459045**log_probability)
     return f'<span class="p{" a" if aligned else ""}"><i style="width:{width:.1f}%"></i><span>{told}</span></span>'
 
@@ -126,8 +126,8 @@ def _table(one: Shown) -> str:
 
 def _instead(favourite: Likelihood, said: Likelihood) -> str:
     if favourite.token == said.token:
-        return f"the same {percent(favourite.plain)}"
-    return f"<code>{escape(token_text(favourite))}</code> {percent(favourite.plain)}"
+        return f"the same {escape(percent(favourite.plain))}"
+    return f"<code>{escape(token_text(favourite))}</code> {escape(percent(favourite.plain))}"
 
 
 def _keys(sign: int) -> Iterable[str]:

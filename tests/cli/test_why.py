@@ -69,6 +69,8 @@ def test_page_and_picture_stand_alone_and_escape_what_people_wrote(prefmw, peopl
     assert parser.open == []
     assert "essentials&lt;/b&gt;" in page
     assert "<b>essentials" not in page
+    assert "&lt;0.1 %" in page
+    assert "<0.1 %" not in page
     assert not re.search(r"https?://|<script|<link|src=", page)
     assert 'name="viewport"' in page
     assert "@media print" in page
