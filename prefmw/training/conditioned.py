@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefmw.errors import TrainingError, UsageError
 from prefmw.models import ChatModel
 from prefmw.preferences import Message
 from prefmw.training.dpa_recipe import Fit
-from prefmw.training.runs import Bar, LikeLengths, check_finite, head_on_replies_alone, last_whole_checkpoint
-
-_log = logging.getLogger(__name__)
+from prefmw.training.runs import LikeLengths, check_finite, go_on, head_on_replies_alone, usual_arguments
 
 IGNORED = -100
 """The label of a token that is not learned."""
@@ -113,21 +109,13 @@ def fit_lessons(
         num_train_epochs=fit.epochs,
         per_device_train_batch_size=fit.per_device,
         gradient_accumulation_steps=accumulated,
-        lr_scheduler_type="cosine",
         warmup_steps=min(fit.warmup_steps, int(steps) // 2),
         weight_decay=0.0,
         max_length=fit.max_tokens,
         packing=fit.packing,
         gradient_checkpointing=torch.cuda.is_available(),
         bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
-        save_steps=max(1, min(200, int(steps) // 10)),
-        save_total_limit=2,
-        logging_steps=max(1, min(10, int(steps) // 20)),
-        disable_tqdm=not progress,
-        report_to=[],
-        seed=seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **usual_arguments(steps, progress=progress, seed=seed),
     )
     lora = None
     if fit.rank:
@@ -143,15 +131,8 @@ def fit_lessons(
             processing_class=chat.tokenizer,
             peft_config=lora,
         )
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-    if progress:
-        trainer.add_callback(Bar())
-    begun = last_whole_checkpoint(out)
-    if begun:
-        _log.info("the training goes on from %s", begun)
     with head_on_replies_alone():
-        trainer.train(resume_from_checkpoint=begun)
+        go_on(trainer, out, "the training", progress=progress)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise TrainingError("this chat model has no linear layers that a LoRA could be put on; choose another")

@@ -9,21 +9,17 @@ since w_p^T log pi-hat(a|s) = log pi(a|s,p), and a sequence's log-probability is
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefmw.errors import TrainingError
 from prefmw.models import ChatModel
 from prefmw.training.pair_reading import EncodedPair
-from prefmw.training.runs import Bar, LikeLengths, check_finite, head_on_replies_alone, last_whole_checkpoint
-
-_log = logging.getLogger(__name__)
+from prefmw.training.runs import LikeLengths, check_finite, go_on, head_on_replies_alone, usual_arguments
 
 
 def train_lora(
@@ -110,20 +106,12 @@ def train_lora(
         num_train_epochs=epochs,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulated,
-        lr_scheduler_type="cosine",
         warmup_steps=int(warmup * steps),
         max_length=None,
         precompute_ref_log_probs=True,
         gradient_checkpointing=torch.cuda.is_available(),
         bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
-        save_steps=max(1, min(200, int(steps) // 10)),
-        save_total_limit=2,
-        logging_steps=max(1, min(10, int(steps) // 20)),
-        disable_tqdm=not progress,
-        report_to=[],
-        seed=seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **usual_arguments(steps, progress=progress, seed=seed),
     )
     lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Stage1(
@@ -133,15 +121,8 @@ def train_lora(
         processing_class=chat.tokenizer,
         peft_config=lora,
     )
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-    if progress:
-        trainer.add_callback(Bar())
-    begun = last_whole_checkpoint(out)
-    if begun:
-        _log.info("stage 1 goes on from %s", begun)
     with head_on_replies_alone():
-        trainer.train(resume_from_checkpoint=begun)
+        go_on(trainer, out, "stage 1", progress=progress)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not any(weight.requires_grad for weight in model.parameters()):
         raise TrainingError("this backbone has no linear layers that a LoRA could be put on; choose another")

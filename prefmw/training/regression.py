@@ -5,7 +5,6 @@ Shapes: B replies, T tokens, k outputs, D hidden.
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,15 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefmw.models import ChatModel
 from prefmw.models.reward import RewardCard
 from prefmw.training.pair_reading import head_logits
-from prefmw.training.runs import Bar, LikeLengths, check_finite, last_whole_checkpoint, lora_of
+from prefmw.training.runs import LikeLengths, check_finite, go_on, lora_of, usual_arguments
 from prefmw.training.scored import Scored
-
-_log = logging.getLogger(__name__)
 
 AT_ONCE = 8192
 """Tokens, padding included, of a forward that learns nothing."""
@@ -209,29 +205,14 @@ def train_regression(
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulated,
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
         warmup_steps=int(warmup * steps),
         weight_decay=0.0,
         bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
-        save_steps=max(1, min(200, int(steps) // 10)),
-        save_total_limit=2,
-        logging_steps=max(1, min(10, int(steps) // 20)),
-        disable_tqdm=not progress,
-        report_to=[],
-        seed=seed,
+        **usual_arguments(steps, progress=progress, seed=seed),
         remove_unused_columns=False,
         label_names=["scores"],
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = Fitted(model, arguments, data_collator=collate, train_dataset=list(train))
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-    if progress:
-        trainer.add_callback(Bar())
-    begun = last_whole_checkpoint(out)
-    if begun:
-        _log.info("the training goes on from %s", begun)
-    trainer.train(resume_from_checkpoint=begun)
+    go_on(trainer, out, "the training", progress=progress)
     model.eval()
     return lora_of(model.policy), model.head.detach().float().cpu(), trainer.state.log_history

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import platform
 import random
 import sys
@@ -19,10 +20,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefmw.errors import TrainingError, UsageError
 from prefmw.training import unfinished
+
+_log = logging.getLogger(__name__)
 
 
 def claim(out: Path, name: str, about: Mapping[str, Any], other: str) -> None:
@@ -165,3 +168,30 @@ def head_on_replies_alone() -> Iterator[None]:
         yield
     finally:
         utils._use_triton = before
+
+
+def usual_arguments(steps: float, *, progress: bool, seed: int) -> dict[str, Any]:
+    """What every trainer of transformers' and TRL's is told here, for a run of so many steps."""
+    return {
+        "lr_scheduler_type": "cosine",
+        "use_cpu": not torch.cuda.is_available(),
+        "save_steps": max(1, min(200, int(steps) // 10)),
+        "save_total_limit": 2,
+        "logging_steps": max(1, min(10, int(steps) // 20)),
+        "disable_tqdm": not progress,
+        "report_to": [],
+        "seed": seed,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def go_on(trainer: Any, out: Path, what: str, *, progress: bool) -> None:
+    """Train from the last whole checkpoint in ``out``, or from the start, with a bar of our own or none."""
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    if progress:
+        trainer.add_callback(Bar())
+    begun = last_whole_checkpoint(out)
+    if begun:
+        _log.info("%s goes on from %s", what, begun)
+    trainer.train(resume_from_checkpoint=begun)
