@@ -133,7 +133,8 @@ class PreferenceMiddleware(AgentMiddleware[PreferenceState, Any, Any]):
 
     def after_agent(self, state: PreferenceState, runtime: Runtime[Any]) -> dict[str, Any] | None:
         """Raise what refused the run; it has then done nothing, and its result is not given out."""
-        user_id, refused = self._admitted(state, runtime), state.get("prefmw_refused")
+        refused = state.get("prefmw_refused")
+        user_id = self._admitted(state, runtime) if refused else owned(state, runtime)
         if refused and refused[0] == user_id:  # for what has passed since
             raise PrefmwError(f"the run was refused, and its message is not part of the thread: {refused[1]}")
         return {"prefmw_seen": _ids(state["messages"])}

@@ -216,29 +216,20 @@ def leaning(
     with a seed of its own.
     """
     rng = rng or np.random.default_rng(sampling.seed)
-    return [_leaning(messages, profile, backend, dimensions, keys, rng, sampling, index) for index in range(count)]
-
-
-def _leaning(
-    messages: Sequence[Message],
-    profile: Profile,
-    backend: Backend,
-    dimensions: Dimensions,
-    keys: Sequence[str],
-    rng: np.random.Generator,
-    sampling: Sampling,
-    index: int,
-) -> Request:
-    weights = rng.normal(size=len(keys))
-    weights /= np.linalg.norm(weights)
-    strongest = sorted(range(len(keys)), key=lambda at: -abs(weights[at]))[: Defaults.max_dials]
-    poles = [dimensions[keys[at]].pole(float(weights[at])) for at in strongest]
-    dials = tuple(
-        Dial(keys[at], float(weights[at]), pole.principle, pole.gain) for at, pole in zip(strongest, poles, strict=True)
-    )
-    seeded = replace(sampling, seed=sampling.seed + index)
-    plan = Plan("drift", GAIN, persona_sentence(profile), profile.revision, profile.weights, seeded, dials)
-    return within_context(build_request(plan, messages, backend.chat), backend.chat)
+    requests = []
+    for index in range(count):
+        weights = rng.normal(size=len(keys))
+        weights /= np.linalg.norm(weights)
+        strongest = sorted(range(len(keys)), key=lambda at: -abs(weights[at]))[: Defaults.max_dials]
+        poles = [dimensions[keys[at]].pole(float(weights[at])) for at in strongest]
+        dials = tuple(
+            Dial(keys[at], float(weights[at]), pole.principle, pole.gain)
+            for at, pole in zip(strongest, poles, strict=True)
+        )
+        seeded = replace(sampling, seed=sampling.seed + index)
+        plan = Plan("drift", GAIN, persona_sentence(profile), profile.revision, profile.weights, seeded, dials)
+        requests.append(within_context(build_request(plan, messages, backend.chat), backend.chat))
+    return requests
 
 
 def differences(feedback: Sequence[RecordedFeedback], dimensions: Sequence[str]) -> NDArray[np.float64]:
