@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefmw.cli.measuring import check_path, check_split, opened
+from prefmw.cli.measuring import OutOption, check_split, finish, opened
 from prefmw.cli.options import JsonOption
-from prefmw.cli.output import loading, print_json, print_table, progress
+from prefmw.cli.output import loading, progress_bar
 from prefmw.errors import UsageError
+
+if TYPE_CHECKING:
+    from prefmw.arithmetic import Arithmetic
 
 
 def control(
@@ -43,7 +46,7 @@ def control(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the questions and the sampling.")] = 0,
     replies: Annotated[Path | None, typer.Option("--replies", help="Write every reply to this JSONL file.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the front to this picture.")] = None,
+    out: OutOption = None,
     json: JsonOption = False,
 ) -> None:
     """Compare what DPA checkpoints give under directions across their cone, by the oracles: the front."""
@@ -57,14 +60,13 @@ def control(
         policy_points,
         robust_rows,
     )
-    from prefmw.evaluation.plots import plot_control
-    from prefmw.evaluation.runs import model_used, versions
+    from prefmw.evaluation.runs import Run, model_used
+    from prefmw.evaluation.steer import MAX_TOKENS, TOP_P
     from prefmw.preferences.directions import from_angles
     from prefmw.settings import load_settings
+    from prefmw.training.composed_scores import ATTRIBUTES
 
     check_split(split)
-    if plot is not None:
-        check_path(plot)
     names = [*(dpa or []), *(_iterations(run) if run else [])]
     file = opened(replies)
     settings = load_settings({"model": model, "reward": reward})
@@ -78,43 +80,61 @@ def control(
         known = settings.reward or policies[-1].card.reward
         scorer = load_scorer(settings, backend, known) if known else None
     labels, dimensions = _labels(policies), load_dimensions(settings)
-    points: list[Any] = []
-    table: list[dict[str, Any]]
-    with progress("replies") as advance:
+    about = {
+        **model_used(backend, dimensions),
+        "dpa": [policy.label for policy in policies],
+        "reward": scorer.label if scorer else None,
+        "split": split,
+        "n": n,
+        "seed": seed,
+        "temperature": temperature,
+        "top_p": TOP_P,
+        "max_tokens": MAX_TOKENS,
+        "directions": directions,
+        "angles": angle,
+        "robust": robust,
+    }
+    kept = Run("control", about, out)
+    steered = [(label, one) for label, one in zip(labels, policies, strict=True) if one.card.condition == "direction"]
+    vectors = [from_angles([one]) for one in (angle or [-60.0, -45.0, 0.0, 45.0])]
+    with progress_bar() as bar:
         questions = held_out_questions(split, n, seed)  # type: ignore[arg-type]
-        trial = Trial(questions, backend, dimensions, scorer, seed, temperature, advance)
+        asked = 3 + sum(_asked(one, directions, angle) for one in policies)
+        total = n * (asked if robust is None else 2 * robust * len(vectors) * len(steered))
+        task = bar.add_task("replies", total=total)
+        trial = Trial(
+            questions,
+            backend,
+            dimensions,
+            scorer,
+            kept,
+            seed,
+            temperature,
+            lambda count: bar.update(task, advance=count),
+        )
         if robust is not None:
-            vectors = [from_angles([one]) for one in (angle or [-60.0, -45.0, 0.0, 45.0])]
-            last = [
-                (label, one) for label, one in zip(labels, policies, strict=True) if one.card.condition == "direction"
-            ]
-            table = [row for label, policy in last for row in robust_rows(trial, label, policy, vectors, robust)]
-            fronts: list[dict[str, Any]] = []
-        else:
-            points = plain_points(trial)
-            for label, policy in zip(labels, policies, strict=True):
-                points += policy_points(trial, label, policy, directions, angle or [])
-            table, fronts = point_rows(trial, points), front_rows(trial, points)
+            table = [row for label, one in steered for row in robust_rows(trial, label, one, vectors, robust)]
+            finish(kept, json, rows=table)
+            return
+        points = plain_points(trial)
+        for label, one in zip(labels, policies, strict=True):
+            points += policy_points(trial, label, one, directions, angle or [])
     if file is not None:
         for point in points:
             for question, text, scores in zip(questions, point.texts, point.oracles, strict=True):
-                row = {"policy": point.policy, "asked": point.label, "topic": question.topic.id}
-                row |= {"question": question.text, "text": text}
-                row |= {"helpfulness": float(scores[0]), "verbosity": round(float(scores[1]), 3)}
-                file.write(dumps(row) + "\n")
+                told = {"policy": point.policy, "asked": point.label, "topic": question.topic.id}
+                measured = dict(zip(ATTRIBUTES, scores.round(3).tolist(), strict=True))
+                file.write(dumps({**told, "question": question.text, "text": text, **measured}) + "\n")
         file.close()
-    if plot is not None and robust is None:
-        plot_control(table, plot)
-    if json:
-        asked = {"split": split, "n": n, "seed": seed, "temperature": temperature, "directions": directions}
-        asked |= {"dpa": [policy.label for policy in policies], "reward": scorer.label if scorer else None}
-        about = {**model_used(backend, dimensions), **asked, "versions": versions()}
-        print_json({"rows": table, "fronts": fronts, "settings": about})
-        return
-    if robust is not None:
-        _print_robust(table)
-    else:
-        _print_fronts(table, fronts)
+    fronts, over = front_rows(trial, points)
+    finish(kept, json, rows=point_rows(trial, points), fronts=fronts, over=over)
+
+
+def _asked(policy: Arithmetic, directions: int, angles: list[float] | None) -> int:
+    """How many points a policy has."""
+    if policy.card.condition == "rewards":
+        return len(policy.card.targets)
+    return len(angles) if angles else directions
 
 
 def _iterations(run: Path) -> list[str]:
@@ -129,7 +149,8 @@ def _labels(policies: Sequence[Any]) -> list[str]:
     """What the policies are called in a table: by their iteration, where one run made them all."""
     found = [policy.card.training.get("iteration") for policy in policies]
     if None in found or len(set(found)) < len(found) or len(found) < 2:
-        return [policy.card.name for policy in policies]
+        names = [policy.card.name for policy in policies]
+        return [name if names.count(name) == 1 else f"{name} {at + 1}" for at, name in enumerate(names)]
     return ["steerlm" if one == 0 else f"dpa t={one}" for one in found]
 
 
@@ -141,61 +162,3 @@ def _check_attributes(attributes: Sequence[str]) -> None:
             f"the oracles score {' and '.join(ATTRIBUTES)}, in this order; this checkpoint's directions are over "
             f"{', '.join(attributes)}"
         )
-
-
-def _print_robust(table: list[dict[str, Any]]) -> None:
-    columns = ["policy", "angle", "how", "n", "v.r", "95%", "helpful", "verbosity"]
-    print_table(
-        columns,
-        [
-            [
-                row["policy"],
-                f"{row['angle']:+g}",
-                row["how"],
-                str(row["n"]),
-                f"{row['value']:.1f}",
-                "{:.1f} to {:.1f}".format(*row["ci95"]),
-                f"{row['helpfulness']:.1f}",
-                f"{row['verbosity']:.1f}",
-            ]
-            for row in table
-        ],
-    )
-
-
-def _print_fronts(table: list[dict[str, Any]], fronts: list[dict[str, Any]]) -> None:
-    from prefmw.evaluation.tables import number
-
-    print_table(
-        ["policy", "asked", "n", "helpful", "95%", "verbosity", "95%", "words", "relevant", "loops"],
-        [
-            [
-                row["policy"],
-                row["asked"],
-                str(row["n"]),
-                f"{row['helpfulness']:.1f}",
-                "{:.1f} to {:.1f}".format(*row["helpfulness_ci95"]),
-                f"{row['verbosity']:.1f}",
-                "{:.1f} to {:.1f}".format(*row["verbosity_ci95"]),
-                f"{row['words']:.1f}",
-                *(number(row[key]) for key in ("relevance", "repetition")),
-            ]
-            for row in table
-        ],
-    )
-    print_table(
-        ["policy", "points", "falls", "spearman", "brief", "95%", "long", "95%"],
-        [
-            [
-                row["policy"],
-                str(row["points"]),
-                "–" if row["falls"] is None else f"{row['falls']} of {row['points'] - 1}",
-                number(row["spearman"], 3),
-                number(row["brief"], 3),
-                "{:.3f} to {:.3f}".format(*row["brief_ci95"]),
-                number(row["long"], 3),
-                "{:.3f} to {:.3f}".format(*row["long_ci95"]),
-            ]
-            for row in fronts
-        ],
-    )

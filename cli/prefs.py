@@ -121,6 +121,9 @@ def fit_readout(
     embedder: Annotated[
         str | None, typer.Option("--embedder", help="A folder or hub id; by default the settings'.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--start", help="A read-out to go on from: two more passes, with further texts say.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same read-out.")] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -128,21 +131,27 @@ def fit_readout(
     started again, it goes on where it was.
     """
     from prefmw.models.embedder import Embedder
+    from prefmw.models.readout import load_readout
     from prefmw.preferences.anchors import anchor_bank
     from prefmw.settings import load_settings
+    from prefmw.training.readout import EPOCHS, FURTHER
     from prefmw.training.readout import fit_readout as fit
     from prefmw.training.unfinished import beside
 
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise UsageError(f"'{out}' is no path for a read-out: a folder that exists, and an ending in .safetensors")
-    name = load_settings({"embedder": embedder}).embedder
+    known = Embedder(load_settings({"embedder": embedder}).embedder)
+    begun = load_readout(start, known) if start else None
+    epochs = FURTHER if begun else EPOCHS
     dimensions = registry()
     if beside(out).exists():
         say(f"going on with what '{beside(out)}' holds")
     with stages() as tell:
-        _, measured = fit(Embedder(name), anchor_bank(dimensions), dimensions, seed=seed, progress=tell, out=out)
+        _, measured = fit(
+            known, anchor_bank(dimensions), dimensions, seed=seed, epochs=epochs, start=begun, progress=tell, out=out
+        )
     if json:
-        print_json({"readout": str(out), "embedder": name, **measured})
+        print_json({"readout": str(out), "embedder": known.name, **measured})
     else:
         print(
             *(

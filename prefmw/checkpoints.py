@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,8 @@ from prefmw.settings import Settings, expanded
 
 if TYPE_CHECKING:
     from prefmw.models.reward import RewardCard
+
+_REWARD_FILES = ["reward.*", "*.json", "*.safetensors", "*.model", "*.txt"]
 
 
 class DPASource(NamedTuple):
@@ -41,7 +44,7 @@ def persrm_folder(settings: Settings) -> Path:
     """
     if (embedded := embedded_checkpoint(settings.persrm, settings.model, PERSRM)) is not None:
         return embedded
-    return _folder(settings.persrm or "", "PersRM", "persrm", ["persrm.*", "*.pt", "*.bin"])
+    return _folder(settings.persrm or "", "PersRM", "persrm", PERSRM, ["persrm.*", "*.pt", "*.bin"])
 
 
 def has_dpa(settings: Settings) -> bool:
@@ -65,7 +68,7 @@ def dpa_source(settings: Settings) -> DPASource:
         return DPASource(PRESETS[settings.dpa], settings.dpa)
     folder = embedded_checkpoint(settings.dpa, settings.model, DPA)
     if folder is None:
-        folder = _folder(settings.dpa, "DPA checkpoint", "dpa", ["dpa.*"])
+        folder = _folder(settings.dpa, "DPA checkpoint", "dpa", DPA, ["dpa.*"])
     card = read_card(folder)
     if card is None:
         raise ModelNotFoundError(
@@ -92,7 +95,7 @@ def reward_source(name: str, model: str = "") -> RewardSource:
     if folder is None:
         if not name:
             raise ModelNotFoundError("no reward model is known for this model; name one with --reward")
-        folder = _folder(name, "reward model", "reward", ["reward.*", "*.json", "*.safetensors", "*.model", "*.txt"])
+        folder = _folder(name, "reward model", "reward", REWARD, _REWARD_FILES)
     return RewardSource(read_reward_card(folder), str(folder))
 
 
@@ -111,13 +114,14 @@ def _own_dpa(settings: Settings) -> DPASource | None:
     return DPASource(card, settings.model) if card and card.weights == "whole" else None
 
 
-def _folder(name: str, what: str, trainer: str, patterns: list[str]) -> Path:
-    """The folder of that path, or of a hub id what is downloaded of it."""
+def _folder(name: str, what: str, trainer: str, known: Mapping[str, str], patterns: list[str]) -> Path:
+    """The folder of that path, or of a hub id what is downloaded of it; ``known`` are the embedded ones."""
     path = expanded(name)
     if path.is_dir() or path.is_file() or name.startswith((".", "~", "/")) or name.count("/") != 1:
         if not path.is_dir():
             raise ModelNotFoundError(
-                f"no {what} '{name[:80]}'; name a folder that 'prefmw train {trainer}' wrote, or a hub id"
+                f"no {what} '{name[:80]}'; name a folder that 'prefmw train {trainer}' wrote, or a hub id; embedded is "
+                f"{', '.join(known.values())}"
             )
         return path
     from huggingface_hub import snapshot_download

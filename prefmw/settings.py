@@ -6,6 +6,7 @@ the config file ``config.toml`` and, unless a database is named, ``prefmw.db``.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import tomllib
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -187,11 +188,11 @@ class Settings(BaseSettings):
             return values
         return {name: _from_json(value) if isinstance(value, str) else value for name, value in values.items()}
 
-    @field_validator("candidate")
+    @field_validator("candidate", "method")
     @classmethod
-    def _known(cls, candidate: str | None) -> str | None:
+    def _known(cls, name: str | None, info: ValidationInfo) -> str | None:
         try:
-            return check_candidate(candidate)
+            return check_candidate(name) if info.field_name == "candidate" else check_method(name or "")
         except UsageError as error:
             raise ValueError(str(error)) from error
 
@@ -234,6 +235,10 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, Settings.model_fields, 1)
+            meant = f"; did you mean '{near[0]}'?" if near else ""
+            raise SettingsError(f"{config} sets '{name}', and there is no such setting{meant}") from error
         place = f"a flag, PREFMW_{name.upper().replace('.', '__')} or {config}"
         raise SettingsError(f"setting '{name}' ({place}): {first['msg']}") from error
     except UnreadableEnvironment as error:

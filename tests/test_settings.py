@@ -100,7 +100,8 @@ def test_entries_of_tables_from_the_environment_have_types(monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("modle = 'x'", "'modle'"),
+        ("modle = 'x'", "sets 'modle', and there is no such setting; did you mean 'model'"),
+        ("method = 'liner'", "no method 'liner'"),
         ("home = '/x'", "'home'"),
         ("[strength]\nliner = 3.0", "liner"),
         ("[strength]\nlinear = 30.0", r"\[0, 10\]"),

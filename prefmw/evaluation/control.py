@@ -26,6 +26,7 @@ from prefmw.decoding import Request, Sampling
 from prefmw.decoding.many import decode_all
 from prefmw.evaluation.content import read_content, repeats, words_of
 from prefmw.evaluation.held_out import profile_of
+from prefmw.evaluation.runs import Run
 from prefmw.evaluation.statistics import RESAMPLES, cluster_interval
 from prefmw.evaluation.steer import MAX_TOKENS, TOP_P
 from prefmw.personalizer import Backend, build_request, make_plan
@@ -78,12 +79,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """What is asked of whom; ``progress`` is told of every reply."""
+    """What is asked of whom; ``progress`` is told of every reply, ``run`` keeps them by what was asked for."""
 
     questions: list[Question]
     backend: Backend
     dimensions: Dimensions
     scorer: Scorer | None
+    run: Run = field(default_factory=lambda: Run("control", {}))
     seed: int = 0
     temperature: float = 0.7
     progress: Callable[[int], None] = lambda count: None
@@ -97,12 +99,16 @@ class Trial:
         chat: Backend | Arithmetic,
     ) -> Point:
         """The replies to all questions under one request each."""
-        asked = [request(question, self.sampling(self.seed + index)) for index, question in enumerate(self.questions)]
-        texts = []
-        for ids, _ in decode_all(asked, chat.engine):
-            texts.append(chat.chat.tokenizer.decode(ids, skip_special_tokens=True))
-            self.progress(1)
-        return self.scored(policy, label, direction, texts)
+
+        def draw() -> list[str]:
+            asked = [request(question, self.sampling(self.seed + at)) for at, question in enumerate(self.questions)]
+            texts = []
+            for ids, _ in decode_all(asked, chat.engine):
+                texts.append(chat.chat.tokenizer.decode(ids, skip_special_tokens=True))
+                self.progress(1)
+            return texts
+
+        return self.scored(policy, label, direction, self.run.unit(f"{policy} {label}", draw))
 
     def scored(self, policy: str, label: str, direction: Vector | None, texts: list[str]) -> Point:
         """A point of finished replies."""
@@ -178,23 +184,11 @@ def robust_rows(
     for vector in vectors:
         applied = project(vector, policy.card)
         direction = Direction(policy.card.attributes, vector, applied, policy.card.prompt(applied))
-        chosen: dict[str, list[str]] = {"one": [], f"best of {count}": [], f"robust {count}": []}
-        requests: list[Request] = []
-        for index, question in enumerate(trial.questions):
-            seeds = [trial.seed + index * count + copy for copy in range(count)]
-            requests += [policy.request(question.messages, direction.prompt, trial.sampling(one)) for one in seeds]
-            requests += policy.around(question.messages, direction, trial.sampling(seeds[0]), count)
-        said = []
-        for ids, ended in decode_all(requests, policy.engine):
-            said.append((ids, ended))
-            trial.progress(1)
-        for index, question in enumerate(trial.questions):
-            at = index * 2 * count
-            lots = {"one": said[at : at + 1], f"best of {count}": said[at : at + count]}
-            lots[f"robust {count}"] = said[at + count : at + 2 * count]
-            for how, lot in lots.items():
-                ids, _ = lot[policy.best(question.messages, vector, lot)]
-                chosen[how].append(policy.chat.tokenizer.decode(ids, skip_special_tokens=True))
+
+        def draw(vector: Vector = vector, direction: Direction = direction) -> dict[str, list[str]]:
+            return _robust_replies(trial, policy, vector, direction, count)
+
+        chosen: dict[str, list[str]] = trial.run.unit(f"{name} {angles_of(vector)[0]:+g}", draw)
         values = {}
         for how, texts in chosen.items():
             point = trial.scored(name, how, vector, texts)
@@ -214,6 +208,30 @@ def robust_rows(
         gains = values[f"robust {count}"] - values[f"best of {count}"]
         rows[-1]["over_best_of"] = {"mean": round(float(gains.mean()), 3), "ci95": _interval(trial, gains)}
     return rows
+
+
+def _robust_replies(
+    trial: Trial, policy: Arithmetic, vector: Vector, direction: Direction, count: int
+) -> dict[str, list[str]]:
+    """The reply to every question that each way of choosing comes to."""
+    chosen: dict[str, list[str]] = {"one": [], f"best of {count}": [], f"robust {count}": []}
+    requests: list[Request] = []
+    for index, question in enumerate(trial.questions):
+        seeds = [trial.seed + index * count + copy for copy in range(count)]
+        requests += [policy.request(question.messages, direction.prompt, trial.sampling(one)) for one in seeds]
+        requests += policy.around(question.messages, direction, trial.sampling(seeds[0]), count)
+    said = []
+    for ids, ended in decode_all(requests, policy.engine):
+        said.append((ids, ended))
+        trial.progress(1)
+    for index, question in enumerate(trial.questions):
+        at = index * 2 * count
+        lots = {"one": said[at : at + 1], f"best of {count}": said[at : at + count]}
+        lots[f"robust {count}"] = said[at + count : at + 2 * count]
+        for how, lot in lots.items():
+            ids, _ = lot[policy.best(question.messages, vector, lot)]
+            chosen[how].append(policy.chat.tokenizer.decode(ids, skip_special_tokens=True))
+    return chosen
 
 
 def point_rows(trial: Trial, points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -246,9 +264,9 @@ def point_rows(trial: Trial, points: Sequence[Point]) -> list[dict[str, Any]]:
     return rows
 
 
-def front_rows(trial: Trial, points: Sequence[Point]) -> list[dict[str, Any]]:
-    """A row a policy: how verbosity goes with the angle, both hypervolumes with 95% intervals over questions, and how
-    much they are above every other policy's, the same questions drawn for both.
+def front_rows(trial: Trial, points: Sequence[Point]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row a policy: how verbosity goes with the angle, and both hypervolumes with 95% intervals over questions. And a
+    row a pair: how much those of one are above the other's, the same questions drawn for both.
     """
     names = list(dict.fromkeys(point.policy for point in points))
     weights = _resampled(trial)  # (resamples, n)
@@ -272,13 +290,17 @@ def front_rows(trial: Trial, points: Sequence[Point]) -> list[dict[str, Any]]:
             row[front] = round(float(volumes[name][front][0]), 4)
             row[f"{front}_ci95"] = [round(float(low), 4), round(float(high), 4)]
         rows.append(row)
-    for row in rows:
-        row["over"] = {
-            other: {front: _difference(volumes[row["policy"]][front], volumes[other][front]) for front in FRONTS}
-            for other in names
-            if other != row["policy"]
+    over = [
+        {
+            "policy": one,
+            "other": other,
+            **{front: _difference(volumes[one][front], volumes[other][front]) for front in FRONTS},
         }
-    return rows
+        for one in names
+        for other in names
+        if other != one
+    ]
+    return rows, over
 
 
 def hypervolume(points: Values) -> float:

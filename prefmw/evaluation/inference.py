@@ -31,8 +31,10 @@ def read_labelled(path: Path, dimensions: Dimensions) -> list[Labelled]:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"'{path}' cannot be read as UTF-8 text") from error
+    except OSError as error:
+        raise UsageError(f"'{path}' cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"'{path}' is not valid UTF-8; re-encode it") from error
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -38,6 +38,8 @@ def draw_result(result: Mapping[str, Any], path: Path) -> bool:
         )
     elif command == "dials":
         plot_dials(result["dials"], path)
+    elif command == "control" and result.get("fronts"):
+        plot_control(rows, path)
     else:
         return False
     return True
@@ -187,7 +189,7 @@ def plot_dials(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_control(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot_control(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The front: mean helpfulness over mean verbosity by the oracles, a policy a line, its points with their intervals.
 
     Figure 4 of the DPA paper shows the same by the reward model.

@@ -193,6 +193,60 @@ def rewards_table(rows: Sequence[Row]) -> Table:
     return Table(["method", *names, *heads, "diversity", "win rate", "cost"], body)
 
 
+def points_table(rows: Sequence[Row]) -> Table:
+    """``eval control``: what each direction gives, or with ``--robust`` each way of choosing."""
+    if rows and "how" in rows[0]:
+        head = ["policy", "angle", "how", "v · r", "95%", "helpful", "verbosity", "over best of as many"]
+        return Table(
+            head,
+            [
+                [
+                    row["policy"],
+                    f"{row['angle']:+g}°",
+                    row["how"],
+                    number(row["value"], 1),
+                    interval(row, 1),
+                    number(row["helpfulness"], 1),
+                    number(row["verbosity"], 1),
+                    difference(row.get("over_best_of")),
+                ]
+                for row in rows
+            ],
+        )
+    head = ["policy", "asked", "helpful", "95%", "verbosity", "95%", "words", "relevant", "loops"]
+    body = []
+    for row in rows:
+        measured = []
+        for name in ("helpfulness", "verbosity"):
+            measured += [number(row[name], 1), interval({"ci95": row[f"{name}_ci95"]}, 1)]
+        told = (number(row["words"], 1), number(row["relevance"]), number(row["repetition"], 3))
+        body.append([row["policy"], row["asked"], *measured, *told])
+    return Table(head, body)
+
+
+def fronts_table(rows: Sequence[Row]) -> Table:
+    """``eval control``: how verbosity goes with the angle, and each policy's hypervolumes."""
+    head = ["policy", "points", "falls", "spearman", "brief", "95%", "long", "95%"]
+    body = []
+    for row in rows:
+        falls = "–" if row["falls"] is None else f"{row['falls']} of {row['points'] - 1}"
+        volumes = []
+        for name in ("brief", "long"):
+            volumes += [number(row[name], 3), interval({"ci95": row[f"{name}_ci95"]}, 3)]
+        body.append([row["policy"], str(row["points"]), falls, number(row["spearman"], 3), *volumes])
+    return Table(head, body)
+
+
+def volumes_table(rows: Sequence[Row]) -> Table:
+    """``eval control``: how much a policy's hypervolumes are above another's."""
+    head = ["policy", "over", "brief", "long"]
+    body = []
+    for row in rows:
+        gains = [f"{row[name]['mean']:+.3f} ({interval(row[name], 3)})" for name in ("brief", "long")]
+        body.append([row["policy"], row["other"], *gains])
+    return Table(head, body)
+
+
 def accuracy_table(rows: Sequence[Row]) -> Table:
     """``eval choices --model``: how many of a person's other choices are predicted."""
     head = ["learner", "choices", "predicted", "95%"]
@@ -240,6 +294,13 @@ KINDS = {
         "How far each style moves with its weight under Drift, by the oracles' measure in [-1, 1]; and three weights "
         "at once.",
         {"dials": dials_table, "chords": chords_table},
+    ),
+    "control": Kind(
+        "Directions",
+        "What replies are worth to a reader and how long they are, by the oracles, 0 to 100, under directions from "
+        "long to brief. Brief and long are hypervolumes: the share of the square of (helpfulness, brevity) or "
+        "(helpfulness, length) from (0, 0) that a front dominates. Intervals resample questions.",
+        {"rows": points_table, "fronts": fronts_table, "over": volumes_table},
     ),
     "choices": Kind(
         "Learning from choices",

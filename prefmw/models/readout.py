@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from prefmw.errors import UsageError
 from prefmw.models.embedder import Embedder
@@ -33,19 +32,22 @@ BATCH = 64
 
 
 class LowRank(nn.Module):
-    """A weight plus B A of a low rank, as a parametrisation: y = (W + B A) x.
+    """A linear layer and a low-rank change of it: y = W x + B A x.
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, section 4.1, without its scale.
     """
 
-    def __init__(self, rows: int, columns: int, rank: int) -> None:
+    def __init__(self, layer: nn.Linear, rank: int) -> None:
         super().__init__()
+        rows, columns = layer.weight.shape
+        self.layer = layer
         self.a = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
         self.b = nn.Parameter(torch.zeros(rows, rank))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight, (rows, columns), with what was learned."""
-        return weight + self.b @ self.a
+    def forward(self, given: Tensor) -> Tensor:
+        """(..., columns) to (..., rows)."""
+        changed: Tensor = self.layer(given) + given @ self.a.T @ self.b.T
+        return changed
 
 
 class Reader(nn.Module):
@@ -136,6 +138,20 @@ class ReadOut:
                 found.append(sides(self._reader(**self.embedder.tokens(texts[at : at + BATCH], LONGEST))))
         return np.concatenate(found)
 
+    def continued(self, reader: Reader) -> None:
+        """Put what was learned into a reader whose encoder is :func:`adapted`, to learn further.
+
+        Raises:
+            UsageError: it is of another rank or other dimensions.
+        """
+        theirs = {**changes(reader.encoder), **{f"head.{key}": value for key, value in reader.head.named_parameters()}}
+        for name, value in theirs.items():
+            if name not in self._tensors or self._tensors[name].shape != value.shape:
+                raise UsageError("the read-out to start from is of another rank or reads other dimensions")
+        with torch.no_grad():
+            for name, value in theirs.items():
+                value.copy_(self._tensors[name])
+
     def save(self, path: Path) -> None:
         """Write it as float16 safetensors, with what it was fitted on beside the numbers."""
         from safetensors.torch import save_file
@@ -189,16 +205,13 @@ def load_readout(path: Path, embedder: Embedder) -> ReadOut:
 def adapted(encoder: nn.Module, rank: int) -> nn.Module:
     """A copy of the encoder whose linear layers learn a low-rank change, and nothing else does."""
     encoder = copy.deepcopy(encoder).requires_grad_(False)
-    for _, layer in list(linear_layers(encoder)):
-        rows, columns = layer.weight.shape
-        parametrize.register_parametrization(layer, "weight", LowRank(rows, columns, rank))
+    for name, layer in list(linear_layers(encoder)):
+        parent, _, own = name.rpartition(".")
+        setattr(encoder.get_submodule(parent), own, LowRank(layer, rank))
     return encoder
 
 
-def learned(encoder: nn.Module) -> dict[str, Tensor]:
-    """What :func:`adapted` layers learned, by the names that :class:`ReadOut` takes."""
-    found: dict[str, Tensor] = {}
-    for name, layer in linear_layers(encoder):
-        change: Any = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
-        found |= {f"{name}.a": change.a.detach(), f"{name}.b": change.b.detach()}
-    return found
+def changes(encoder: nn.Module) -> dict[str, nn.Parameter]:
+    """What :func:`adapted` layers learn, by the names that :class:`ReadOut` takes."""
+    layers = [(name, layer) for name, layer in encoder.named_modules() if isinstance(layer, LowRank)]
+    return {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in "ab"}

@@ -57,6 +57,8 @@ class DPACard:
         template: the system prompt, with ``{rating}`` in it.
         term: how an attribute stands in the rating, with ``{name}`` and ``{value}`` in it; terms are joined by `` + ``.
         names: by attribute, what it is called there; its own name where it is left out.
+        opposites: by attribute, what less of it is called there, for a model that reads words better than signs: a
+            negative value stands as a positive one of that, ``6 * concise`` for ``-6 * detailed``.
         scale: what a unit is written as.
         units: by attribute, what a point of its reward counts for in v . r; 1 where it is left out.
         condition: ``direction``, or ``rewards`` for a SteerLM-style model, whose prompt names the rewards wanted.
@@ -74,6 +76,7 @@ class DPACard:
     template: str = TEMPLATE
     term: str = "{name}*{value}"
     names: Mapping[str, str] = field(default_factory=dict)
+    opposites: Mapping[str, str] = field(default_factory=dict)
     scale: int = 100
     units: Mapping[str, float] = field(default_factory=dict)
     condition: str = "direction"
@@ -86,7 +89,7 @@ class DPACard:
     def __post_init__(self) -> None:
         if not self.attributes or len(set(self.attributes)) < len(self.attributes):
             raise UsageError("a DPA checkpoint names at least one attribute, and each once")
-        for name in (*self.cone, *self.dimensions, *self.names, *self.units):
+        for name in (*self.cone, *self.dimensions, *self.names, *self.opposites, *self.units):
             if name not in self.attributes:
                 raise UsageError(f"no attribute '{name[:40]}': {nearest(name[:40], self.attributes)}")
         if missing := set(self.attributes[1:]) - set(self.cone):
@@ -123,15 +126,18 @@ class DPACard:
 
     def prompt(self, vector: Sequence[float]) -> str:
         """The system prompt of a direction."""
-        terms = (
-            self.term.replace("{name}", self.names.get(name, name)).replace("{value}", str(round(self.scale * value)))
-            for name, value in zip(self.attributes, vector, strict=True)
-        )
+        terms = []
+        for name, value in zip(self.attributes, vector, strict=True):
+            called, number = self.names.get(name, name), round(self.scale * value)
+            if number < 0 and name in self.opposites:
+                called, number = self.opposites[name], -number
+            terms.append(self.term.replace("{name}", called).replace("{value}", str(number)))
         return self.template.replace("{rating}", " + ".join(terms))
 
     def reward_prompt(self, rewards: Sequence[float]) -> str:
         """The system prompt of a SteerLM-style model that asks for these rewards, 0-100."""
-        terms = (f"{name}={round(value)}" for name, value in zip(self.attributes, rewards, strict=True))
+        names = [self.names.get(name, name) for name in self.attributes]
+        terms = (f"{name}={round(value)}" for name, value in zip(names, rewards, strict=True))
         return self.template.replace("{rating}", ", ".join(terms))
 
     def to_json(self) -> str:

@@ -1,8 +1,9 @@
 """Scored replies out of the embedded model's corpus: questions with better and worse answers, which the oracles score.
 
-Helpfulness is what a reply tells of the topic asked (:mod:`prefmw.evaluation.content`), verbosity its length
-(:mod:`prefmw.evaluation.oracles`), both from 0 to 100. Answers are the composer's, asked for any length and style, and
-among them such as a small model gives: about another topic, with sentences of another, cut short, with repetitions.
+Helpfulness is what a reply is worth to a reader who has not all day, verbosity its length
+(:mod:`prefmw.evaluation.oracles`), both from 0 to 100. So they go together as far as an answer needs words, and pull
+apart beyond. Answers are the composer's, asked for any length and style, and among them such as a small model gives:
+about another topic, with sentences of another, cut short, with repetitions.
 """
 
 from __future__ import annotations
@@ -20,10 +21,28 @@ from prefmw.training.topics import Topic
 ATTRIBUTES = ("helpfulness", "verbosity")
 """What the oracles score."""
 
+READ_AT_ONCE = 40
+"""Words that a reader does not mind reading; about the median length of a neutral answer of the corpus."""
+
 
 def oracle_scores(text: str, topic: Topic) -> dict[str, float]:
     """Both scores of a reply about a topic, 0-100."""
-    return {"helpfulness": read_content(text, topic).helpfulness, "verbosity": 50 + 50 * verbosity(text)}
+    return {"helpfulness": helpfulness(text, topic), "verbosity": 50 + 50 * verbosity(text)}
+
+
+def helpfulness(text: str, topic: Topic) -> float:
+    """What is told, less the reading of it, 0-100; 0 where the topic is not answered.
+
+    Every fact of the topic counts half as much as the one before it, 70 for all there could be; up to two sevenths of
+    that come on top for the facts' reasons, in proportion, and 10 for an example or a caveat. A wrong sentence takes
+    25, and n words more than :data:`READ_AT_ONCE` take n² / 160. (``helpful`` of ``eval steer`` is what is told.)
+    """
+    content = read_content(text, topic)
+    if not content.relevant:
+        return 0.0
+    told = 70 * (1 - 0.5 ** len(content.facts)) * (1 + 2 / 7 * len(content.reasons) / len(content.facts))
+    reading = max(0, len(text.split()) - READ_AT_ONCE) ** 2 / 160
+    return min(100.0, max(0.0, told + 10 * bool(content.extras) - 25 * content.wrong - reading))
 
 
 def composed_scores(split: Split, count: int, *, seed: int, answers: int = 1, spoilt: float = 0.3) -> Iterator[Scored]:

@@ -36,32 +36,20 @@ from prefmw.models.lora_files import Lora
 from prefmw.models.persrm import BackboneCard
 from prefmw.preferences import Message
 from prefmw.preferences.directions import DPA_CARD, REWARD_TEMPLATE, DPACard, Vector, draw_direction, with_system
-from prefmw.training.composed_scores import composed_scores
 from prefmw.training.conditioned import Lesson, encode_lessons, fit_lessons
+from prefmw.training.dpa_prompts import Prompt, read_prompts, reward_ranges, reward_targets
 from prefmw.training.dpa_recipe import DPARecipe
 from prefmw.training.drawing import Ask, LoadScorer, Policy, opened_policy
 from prefmw.training.front import front_of, plain_point, plot_fronts
 from prefmw.training.runs import bars, claim, fastest_dtype, keep_freed_memory, lora_of
-from prefmw.training.scored import read_scored
 from prefmw.training.shards import Drawing, Reply, draw_shards, read_shards
 
 _log = logging.getLogger(__name__)
-
-TARGETS = 5
-"""Rewards that a SteerLM-style model's front is drawn of, as in the paper."""
 
 FRONT_TEMPERATURE = 0.7
 """The paper's, in evaluation."""
 
 Bar = Callable[[str], Callable[[int, int], None]]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked, and the original replies to it."""
-
-    messages: tuple[Message, ...]
-    replies: tuple[str, ...]
 
 
 def train_dpa(
@@ -93,7 +81,7 @@ def train_dpa(
 
     keep_freed_memory()
     state = PartialState()
-    prompts, held_out = _prompts(recipe, data)
+    prompts, held_out = read_prompts(recipe, data)
     with state.main_process_first():
         claim(out, "run.json", _identity(recipe, prompts, held_out), "a run of another recipe or of other data")
     run = _Run(recipe, out, prompts, held_out, load_scorer, backbone_path, sampler, str(state.device), state)
@@ -252,7 +240,7 @@ class _Run:
 
     def _under_rewards(self, policy: Policy, annotated: list[list[Vector]]) -> Callable[[Sequence[int]], list[Drawing]]:
         """Iteration 1's replies: every one asked for with rewards of its own."""
-        card, draws, ranges = self._reward_card(), self.recipe.draws, _ranges(annotated)
+        card, draws, ranges = self._reward_card(), self.recipe.draws, reward_ranges(annotated)
 
         def make(some: Sequence[int]) -> list[Drawing]:
             asked: list[tuple[int, Vector, str]] = []
@@ -376,7 +364,7 @@ class _Run:
         about = {"iteration": iteration, "iterations": recipe.iterations, "seed": recipe.seed}
         card = recipe.card(training=about, backbone=backbone)
         if iteration == 0:
-            card = self._reward_card(_targets(annotated))
+            card = self._reward_card(reward_targets(annotated))
             card = DPACard(**{**vars(card), "training": about, "backbone": backbone})
         if recipe.fit.rank:
             save_dpa(folder, card, lora_of(model), torch.bfloat16)
@@ -387,58 +375,10 @@ class _Run:
         (folder / DPA_CARD).write_text(card.to_json(), encoding="utf-8")
 
 
-def _prompts(recipe: DPARecipe, data: Sequence[Path]) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, shuffled, and those held out for the front: each once, with its original replies."""
-    if recipe.corpus is not None:
-        count, answers = recipe.corpus.prompts, recipe.corpus.answers
-        rows = list(composed_scores("train", count * answers, seed=recipe.seed, answers=answers, spoilt=0.1))
-        held = composed_scores("dev", recipe.front_prompts, seed=recipe.seed)
-        held_out = [Prompt(row.messages, (row.response,)) for row in held]
-    else:
-        rows, _ = read_scored(data, scores=False)
-        held_out = []
-    found: dict[tuple[Message, ...], list[str]] = {}
-    for row in rows:
-        found.setdefault(row.messages, []).append(row.response)
-    prompts = [Prompt(messages, tuple(dict.fromkeys(replies))) for messages, replies in found.items()]
-    random.Random(recipe.seed).shuffle(prompts)
-    if not held_out:
-        share = min(recipe.front_prompts, len(prompts) // 10)
-        held_out, prompts = prompts[:share], prompts[share:]
-    prompts = prompts[: recipe.prompts]
-    if len(prompts) < 2 or not held_out:
-        raise UsageError(
-            f"{len(prompts)} different prompts are too few: two halves take turns and some are held out; give ten at "
-            "least"
-        )
-    return prompts, held_out
-
-
 def _identity(recipe: DPARecipe, prompts: list[Prompt], held_out: list[Prompt]) -> dict[str, Any]:
     digest = hashlib.sha256(repr((prompts, held_out)).encode("utf-8", "surrogatepass")).hexdigest()[:12]
     table: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     return {**{key: value for key, value in table.items() if value is not None}, "data": digest}
-
-
-def _ranges(annotated: list[list[Vector]]) -> list[tuple[float, float]]:
-    """For each attribute the 5% and the 95% quantile of the annotated rewards; of the first one the upper half."""
-    rows = torch.tensor([row for rows in annotated for row in rows])
-    low, middle, high = (torch.quantile(rows, share, dim=0).tolist() for share in (0.05, 0.5, 0.95))
-    return [(middle[0], high[0]), *zip(low[1:], high[1:], strict=True)]
-
-
-def _targets(annotated: list[list[Vector]]) -> list[Vector]:
-    """Rewards that go together: five values of each further attribute, between its 5% and 95% quantiles, with the best
-    of the first attribute among the annotated replies near them: its 95% quantile among the nearest fifth.
-    """
-    rows = torch.tensor([row for rows in annotated for row in rows])
-    found = []
-    for step in range(TARGETS):
-        further = torch.quantile(rows[:, 1:], 0.05 + 0.9 * step / (TARGETS - 1), dim=0)  # (K - 1,)
-        near = (rows[:, 1:] - further).norm(dim=1).argsort()[: max(1, len(rows) // 5)]
-        best = torch.quantile(rows[near, 0], 0.95)
-        found.append((float(best), *further.tolist()))
-    return found
 
 
 def _seed(*parts: int) -> int:

@@ -69,7 +69,7 @@ class DPARecipe:
         name: of the checkpoint.
         backbone: the chat model that every iteration starts from.
         reward: the reward model, by path, hub id or an embedded one's name.
-        attributes, cone, dimensions, template, term, names, scale, units: of the card; see
+        attributes, cone, dimensions, template, term, names, opposites, scale, units: of the card; see
             :class:`prefmw.preferences.DPACard`.
         iterations: after iteration 0, which is conditioned on rewards.
         prompts: most prompts that are used of the data; all by default.
@@ -87,6 +87,7 @@ class DPARecipe:
     template: str = TEMPLATE
     term: str = DPACard.term
     names: Mapping[str, str] = field(default_factory=dict)
+    opposites: Mapping[str, str] = field(default_factory=dict)
     scale: int = 100
     units: Mapping[str, float] = field(default_factory=dict)
     iterations: int = 4
@@ -131,6 +132,7 @@ class DPARecipe:
             "template": self.template,
             "term": self.term,
             "names": dict(self.names),
+            "opposites": dict(self.opposites),
             "scale": self.scale,
             "units": dict(self.units),
             "weights": "lora" if self.fit.rank else "whole",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from prefmw.errors import UsageError
 from prefmw.models import readout as adapter
 from prefmw.models.embedder import Embedder
-from prefmw.models.readout import LONGEST, Reader, ReadOut, adapted, learned
+from prefmw.models.readout import LONGEST, Reader, ReadOut, adapted, changes
 from prefmw.preferences.anchors import Anchor
 from prefmw.preferences.dimensions import Dimensions, default_dimensions
 from prefmw.preferences.inference import Embed
@@ -36,7 +36,10 @@ from prefmw.training.runs import fastest_dtype
 from prefmw.training.topics import load_topics
 from prefmw.training.unfinished import Unfinished
 
-RANK, EPOCHS, BATCH, LEARNING_RATE, WARM_UP, CLIP = 32, 8, 64, 1.5e-3, 0.1, 1.0
+RANK, EPOCHS, BATCH, LEARNING_RATE, WARM_UP, CLIP = 32, 12, 64, 1.5e-3, 0.1, 1.0
+
+FURTHER = 2
+"""Passes of a fit that goes on from a read-out."""
 
 HELD_OUT = 0.1
 LEFT_ALONE = 0.97
@@ -168,6 +171,7 @@ def fit_readout(
     *,
     seed: int = 0,
     epochs: int = EPOCHS,
+    start: ReadOut | None = None,
     progress: Callable[[str, float], None] = lambda what, share: None,
     out: Path | None = None,
 ) -> tuple[ReadOut, dict[str, Any]]:
@@ -179,11 +183,13 @@ def fit_readout(
         dimensions: of these the style dimensions are read.
         seed: of the sentences made from qualities, of what is held out and of the training.
         epochs: passes over the examples.
+        start: a read-out of the same dimensions to go on from, with further texts say; otherwise from nothing.
         progress: told what is under way and how much of it is done.
         out: where to write it. A fit that was killed goes on where it was and comes to the same.
 
     Raises:
-        UsageError: no dimension is of kind style, or an unfinished fit beside ``out`` is another one.
+        UsageError: no dimension is of kind style, ``start`` reads others, or an unfinished fit beside ``out`` is
+            another one.
     """
     keys = tuple(key for key, dimension in dimensions.items() if dimension.kind == "style")
     if not keys:
@@ -198,6 +204,7 @@ def fit_readout(
 
     dtype = fastest_dtype()
     about = {"embedder": embedder.name, "seed": seed, "epochs": epochs, "dtype": str(dtype)}
+    about["start"] = start.version() if start else None
     texts = _digest(repr((keys, written, epoch(0)[0])).encode())
     code = _digest(*(Path(str(module)).read_bytes() for module in (__file__, adapter.__file__)))
     unfinished = Unfinished(out, {**about, "texts": texts, "code": code}) if out else None
@@ -206,6 +213,10 @@ def fit_readout(
         encoder = adapted(embedder.encoder, RANK)
         config: Any = embedder.encoder.config
         reader = Reader(encoder, config.hidden_size, len(keys))
+        if start:
+            if start.dimensions != keys:
+                raise UsageError(f"the read-out to start from reads {', '.join(start.dimensions)}")
+            start.continued(reader)
         _train(reader, embedder, epoch, epochs, seed, dtype, progress, unfinished)
     bank = torch.from_numpy(embedder([anchor.text for anchor in anchors]))
     asked, wanted = [one.text for one in held_out], _targets(held_out, keys)
@@ -214,13 +225,17 @@ def fit_readout(
     temperature = _temperature(torch.cat(logits), wanted)
     head = {f"head.{name}": tensor.detach() / temperature for name, tensor in reader.head.state_dict().items()}
     poles = {key: dimensions[key].poles for key in keys}
-    readout = ReadOut(embedder, poles, 0.0, anchors, {**learned(encoder), **head, "anchors": bank})
+    readout = ReadOut(embedder, poles, 0.0, anchors, {**_detached(encoder), **head, "anchors": bank})
     readout.threshold, measured = _threshold(readout.values(asked), wanted.numpy())
     counts = {"examples": len(epoch(0)[0]), "held_out": len(held_out), "anchors": len(anchors)}
     if out and unfinished:
         readout.save(out)
         unfinished.done()
     return readout, {**counts, "temperature": round(temperature, 3), "threshold": readout.threshold, **measured}
+
+
+def _detached(encoder: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in changes(encoder).items()}
 
 
 def _targets(given: Sequence[Example], keys: Sequence[str]) -> Tensor:

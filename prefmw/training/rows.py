@@ -23,6 +23,8 @@ def read_rows(path: Path, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]
     """
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix not in _SUFFIXES:
+        if not path.exists():
+            raise UsageError(f"there is no '{path}'")
         raise UsageError(f"'{path}' is no file of rows: expected {', '.join(_SUFFIXES)}, the first two also as .gz")
     try:
         if suffix == ".parquet":

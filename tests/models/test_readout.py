@@ -11,7 +11,7 @@ import torch
 
 from prefmw.errors import UsageError
 from prefmw.models.embedder import Embedder
-from prefmw.models.readout import ReadOut, adapted, learned, linear_layers, load_readout
+from prefmw.models.readout import ReadOut, adapted, changes, linear_layers, load_readout
 from prefmw.preferences import default_dimensions, parse_dimensions
 from prefmw.preferences.anchors import Anchor, anchor_bank
 from prefmw.training import readout as training
@@ -127,6 +127,22 @@ def test_a_fit_does_not_go_on_with_another_s_steps(embedder, few, tmp_path, othe
         fit_readout(embedder, ANCHORS, default_dimensions(), **{"epochs": 3, "out": out, **other})
 
 
+def test_a_fit_goes_on_from_a_read_out(fitted, embedder, few):
+    """One pass from what 40 taught still knows it; one from nothing does not."""
+    asked = ["long", "short"]
+    known = fitted[0].values(asked)[:, 0]
+    further, _ = fit_readout(embedder, ANCHORS, default_dimensions(), epochs=1, start=fitted[0])
+    begun, _ = fit_readout(embedder, ANCHORS, default_dimensions(), epochs=1)
+    assert np.abs(further.values(asked)[:, 0] - known).max() < np.abs(begun.values(asked)[:, 0] - known).max()
+    assert further.version() not in (fitted[0].version(), begun.version())
+
+
+def test_a_fit_goes_on_from_a_read_out_of_its_own_dimensions_alone(fitted, embedder):
+    fewer = parse_dimensions("[humor]\nretired = true", default_dimensions())
+    with pytest.raises(UsageError, match="to start from reads verbosity"):
+        fit_readout(embedder, ANCHORS, fewer, epochs=1, start=fitted[0])
+
+
 def test_it_comes_back_as_saved(fitted, embedder, tmp_path):
     readout, _ = fitted
     file = tmp_path / "readout.safetensors"
@@ -156,13 +172,14 @@ def test_an_adapter_that_learned_nothing_changes_nothing(embedder):
     tokens = embedder.tokens(["short a"], 16)
     with torch.no_grad():
         assert torch.equal(encoder(**tokens).last_hidden_state, embedder.encoder(**tokens).last_hidden_state)
-    assert {weight.shape[0] for name, weight in learned(encoder).items() if name.endswith(".a")} == {2}
-    assert not any(weight.requires_grad for name, weight in encoder.named_parameters() if name.endswith("original"))
+    assert {weight.shape[0] for name, weight in changes(encoder).items() if name.endswith(".a")} == {2}
+    learning = {id(weight) for weight in encoder.parameters() if weight.requires_grad}
+    assert learning == {id(weight) for weight in changes(encoder).values()}
 
 
 def test_the_embedder_stays_as_it_was(fitted, folder, embedder):
     np.testing.assert_array_equal(embedder(["short a"]), Embedder(folder)(["short a"]))
-    assert all("parametrizations" not in name for name, _ in embedder.encoder.named_parameters())
+    assert not changes(embedder.encoder)
     assert len(list(linear_layers(embedder.encoder))) == 6
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -182,8 +183,14 @@ def test_a_card_that_makes_no_sense_is_refused(values, message):
 def test_a_card_may_word_its_rating_otherwise():
     card = DPACard("x", template="Be {rating}.", term="{value} * {name}", names={"verbosity": "detailed"}, scale=10)
     assert card.prompt((0.8, -0.6)) == "Be 8 * helpfulness + -6 * detailed."
+    worded = replace(card, opposites={"verbosity": "concise"})
+    assert worded.prompt((0.8, -0.6)) == "Be 8 * helpfulness + 6 * concise."
+    assert worded.prompt((0.8, 0.6)) == card.prompt((0.8, 0.6)) == "Be 8 * helpfulness + 6 * detailed."
+    assert worded.prompt((1, -0.01)) == "Be 10 * helpfulness + 0 * detailed."
+    assert DPACard.from_json(worded.to_json()) == worded
 
 
 def test_reward_prompts_name_the_rewards():
     card = DPACard("x", condition="rewards", template="Ratings: {rating}")
     assert card.reward_prompt((81.4, 19.6)) == "Ratings: helpfulness=81, verbosity=20"
+    assert replace(card, names={"verbosity": "long"}).reward_prompt((81.4, 19.6)) == "Ratings: helpfulness=81, long=20"

@@ -19,7 +19,8 @@ from prefmw.models.dpa import load_dpa
 from prefmw.preferences import DPACard
 from prefmw.preferences.directions import angles_of, read_card
 from prefmw.rewards import Scorer
-from prefmw.training.dpa import _ranges, _targets, train_dpa
+from prefmw.training.dpa import train_dpa
+from prefmw.training.dpa_prompts import reward_ranges, reward_targets
 from prefmw.training.dpa_recipe import DPARecipe, Draws, Fit, load_dpa_recipe
 from prefmw.training.drawing import Ask, opened_policy
 from prefmw.training.shards import Drawing, Reply, read_shards
@@ -122,8 +123,8 @@ def test_the_best_reply_has_the_greatest_weighted_reward_of_those_that_ended():
 
 def test_ranges_and_targets_are_those_of_the_annotated_rewards():
     annotated = [[(float(value), float(100 - value))] for value in range(101)]
-    assert _ranges(annotated) == [(50.0, 95.0), (5.0, 95.0)]
-    targets = _targets(annotated)
+    assert reward_ranges(annotated) == [(50.0, 95.0), (5.0, 95.0)]
+    targets = reward_targets(annotated)
     assert [round(row[1]) for row in targets] == [5, 28, 50, 72, 95]
     assert targets[0][0] > targets[-1][0]
 
