@@ -72,6 +72,11 @@ def draw(combined: Combined, bounds: Bounds, uniforms: Tensor) -> list[int]:
     for whose, excludes in zip(("rule", "logits"), most.isneginf().any(dim=1).tolist(), strict=True):
         if excludes:
             raise EngineError(f"the combiner excludes every token: its {whose} are -inf everywhere")
+    if bool(((bounds.top_p == 1) & (bounds.top_k == 0)).all()):
+        rule, aligned = combined.rule.cpu(), combined.logits.cpu()
+        keep = _possible(rule, bounds.temperature)
+        if bool((keep.sum(dim=1) > LIKELY).all()):  # no row's first ones can hold them all
+            return list(_pick(rule, aligned, keep, bounds.temperature, uniforms).tolist())
     order, rule, aligned, keep, whole = _likely(combined, bounds)
     places = _pick(rule, aligned, keep, bounds.temperature, uniforms)
     tokens = order.gather(1, places.unsqueeze(1)).squeeze(1)
@@ -96,6 +101,12 @@ def _likely(combined: Combined, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor,
     order, keep, alone = order.cpu(), keep.cpu(), alone.cpu()
     keep &= (top_k == 0).unsqueeze(1) | (torch.arange(order.shape[1]) < top_k.unsqueeze(1))
     return order, rule, aligned, keep, keep.sum(dim=1) <= alone
+
+
+def _possible(rule: Tensor, temperature: Tensor) -> Tensor:
+    """Which tokens have any probability, of logits (B, V)."""
+    heated = rule / torch.where(temperature == 0, 1.0, temperature).unsqueeze(1)
+    return (heated - heated.logsumexp(1, keepdim=True)).exp() > 0
 
 
 def _candidates(rule: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefmw.alignment import nucleus
+from prefmw.alignment import Combined, nucleus
 from prefmw.decoding import attention, products
 from prefmw.decoding.backbone import Backbone, Row
 from prefmw.decoding.products import FEW, pack, packed_product, turned_product
-from prefmw.decoding.sampling import LIKELY, _candidates
+from prefmw.decoding.sampling import LIKELY, Bounds, _candidates, draw
 from prefmw.decoding.threads import dismiss_helpers
 from tests.decoding.families import VOCABULARY, family
 from tests.decoding.test_backbone import lora, whole
@@ -239,6 +239,31 @@ def test_wide_nuclei_are_those_of_a_whole_ranking(seed, spread, temperature, top
     (token,) = (keep != expected).nonzero().flatten().tolist()  # where the mass before it is top_p to the last digit
     heated = (logits / (temperature or 1.0)).double()
     assert heated.softmax(0)[heated > heated[token]].sum() == pytest.approx(top_p, abs=1e-5)
+
+
+@pytest.mark.parametrize("excluded", [0, 2 * LIKELY - 9])
+def test_rows_without_bounds_are_drawn_alike_alone_and_beside_bounded_ones(excluded):
+    """Together they are drawn at once, unless one has few candidates; beside a bounded row each by itself."""
+    rows, numbers = 12, torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(rows, 2 * LIKELY, generator=numbers)
+    logits[0, :excluded] = -torch.inf
+    uniforms = torch.rand(rows, generator=numbers, dtype=torch.float64)
+    heat, mass = torch.tensor([0.0, 0.7, 1.0] * 4), torch.ones(rows, dtype=torch.float64)
+    bounds = Bounds(heat, mass, torch.zeros(rows, dtype=torch.long))
+    mixed = bounds._replace(top_k=torch.tensor([0] * (rows - 1) + [7]))
+    together = draw(Combined(logits, logits), bounds, uniforms)
+    assert together[:-1] == draw(Combined(logits, logits), mixed, uniforms)[:-1]
+    alone = [
+        draw(
+            Combined(logits[at : at + 1], logits[at : at + 1]),
+            Bounds(*(b[at : at + 1] for b in bounds)),
+            uniforms[at : at + 1],
+        )
+        for at in range(rows)
+    ]
+    assert together == [token for (token,) in alone]
+    running = (logits[2] - logits[2].max()).double().exp().cumsum(0)  # of row 2, whose temperature is 1
+    assert together[2] == int((running <= uniforms[2] * running[-1]).sum())
 
 
 def test_a_thread_may_let_its_helpers_go_at_any_time():
