@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,9 +37,14 @@ ReasonOption = Annotated[str, typer.Option("--reason", help="Why, kept with the 
 def opened_store(database: str | None) -> Iterator[PreferenceStore]:
     """The store that flag, environment and config file name, closed afterwards."""
     from prefmw.bootstrap import open_store
-    from prefmw.settings import load_settings
+    from prefmw.cli.output import say
+    from prefmw.settings import expanded, load_settings
 
-    store = open_store(load_settings({"database": database}))
+    settings = load_settings({"database": database})
+    is_new = bool(database) and "://" not in settings.database and not os.path.exists(expanded(settings.database))
+    store = open_store(settings)
+    if is_new:  # or a slip of the pen, which would look like everybody's loss
+        say(f"{settings.database} is a new database")
     try:
         yield store
     finally:

@@ -129,7 +129,9 @@ def test_an_empty_list_says_what_to_do(prefmw):
 
 
 def test_a_database_by_flag_is_another_database(ok, prefmw, tmp_path):
-    ok("users", "add", "bob", "-d", str(tmp_path / "other.db"))
+    other = str(tmp_path / "other.db")
+    assert prefmw("users", "add", "bob", "-d", other)[2] == f"{other} is a new database\nadded bob\n"
+    assert ok("users", "show", "bob", "-d", other)["user"] == "bob"
     assert prefmw("users", "show", "bob")[0] == 2
     assert ok("users", "list", "-d", f"sqlite:///{tmp_path}/other.db")[0]["user"] == "bob"
 
