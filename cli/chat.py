@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefmw.cli.options import DatabaseOption, DPAOption, PersRMOption, actor
+from prefmw.cli.options import DatabaseOption, DPAOption, PersRMOption, actor, store_of
 from prefmw.cli.output import emit, loading, print_json, say
 from prefmw.errors import PrefmwError, UnknownUserError, UsageError
 
@@ -155,7 +155,7 @@ def chat(
 
     Piped text is read too, and put behind PROMPT. The reply goes to stdout, everything else to stderr.
     """
-    from prefmw.bootstrap import build_personalizer, close_engines, open_store
+    from prefmw.bootstrap import build_personalizer, close_engines
     from prefmw.embedded import find_embedded
     from prefmw.preferences import check_user_id
     from prefmw.settings import load_settings
@@ -174,7 +174,7 @@ def chat(
         raise UsageError("--json answers one question; give a PROMPT or pipe one in")
 
     check_user_id(settings.user)
-    store = open_store(settings)
+    store = store_of(settings, is_named=database is not None)
     try:
         profile = _known_or_new(store, settings.user)
         with loading(settings.model):

@@ -67,6 +67,8 @@ def control(
     from prefmw.training.composed_scores import ATTRIBUTES
 
     check_split(split)
+    if replies is not None and robust is not None:
+        raise UsageError("--replies keeps a front's replies; leave out --robust")
     names = [*(dpa or []), *(_iterations(run) if run else [])]
     file = opened(replies)
     settings = load_settings({"model": model, "reward": reward})
@@ -150,7 +152,9 @@ def _labels(policies: Sequence[Any]) -> list[str]:
     found = [policy.card.training.get("iteration") for policy in policies]
     if None in found or len(set(found)) < len(found) or len(found) < 2:
         names = [policy.card.name for policy in policies]
-        return [name if names.count(name) == 1 else f"{name} {at + 1}" for at, name in enumerate(names)]
+        return [
+            name if names.count(name) == 1 else f"{name} {names[: at + 1].count(name)}" for at, name in enumerate(names)
+        ]
     return ["steerlm" if one == 0 else f"dpa t={one}" for one in found]
 
 

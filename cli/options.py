@@ -15,6 +15,7 @@ from prefmw.errors import UsageError
 
 if TYPE_CHECKING:
     from prefmw.preferences import Dimensions, DPACard, PreferenceStore, Stated
+    from prefmw.settings import Settings
 
 DatabaseOption = Annotated[
     str | None,
@@ -36,19 +37,28 @@ ReasonOption = Annotated[str, typer.Option("--reason", help="Why, kept with the 
 @contextmanager
 def opened_store(database: str | None) -> Iterator[PreferenceStore]:
     """The store that flag, environment and config file name, closed afterwards."""
-    from prefmw.bootstrap import open_store
-    from prefmw.cli.output import say
-    from prefmw.settings import expanded, load_settings
+    from prefmw.settings import load_settings
 
-    settings = load_settings({"database": database})
-    is_new = bool(database) and "://" not in settings.database and not os.path.exists(expanded(settings.database))
-    store = open_store(settings)
-    if is_new:  # or a slip of the pen, which would look like everybody's loss
-        say(f"{settings.database} is a new database")
+    store = store_of(load_settings({"database": database}), is_named=database is not None)
     try:
         yield store
     finally:
         store.close()
+
+
+def store_of(settings: Settings, *, is_named: bool) -> PreferenceStore:
+    """The store of these settings. If this very command names it and it is a file that was not there, that is told: it
+    may be a slip of the pen.
+    """
+    from prefmw.bootstrap import open_store
+    from prefmw.cli.output import say
+    from prefmw.settings import expanded
+
+    is_new = is_named and "://" not in settings.database and not os.path.exists(expanded(settings.database))
+    store = open_store(settings)
+    if is_new:
+        say(f"{settings.database} is a new database")
+    return store
 
 
 def actor() -> str:

@@ -238,7 +238,7 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, Settings.model_fields, 1)
             meant = f"; did you mean '{near[0]}'?" if near else ""
-            raise SettingsError(f"{config} sets '{name}', and there is no such setting{meant}") from error
+            raise SettingsError(f"there is no setting '{name}', in {config} or given by name{meant}") from error
         place = f"a flag, PREFMW_{name.upper().replace('.', '__')} or {config}"
         raise SettingsError(f"setting '{name}' ({place}): {first['msg']}") from error
     except UnreadableEnvironment as error:

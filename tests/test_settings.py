@@ -100,7 +100,7 @@ def test_entries_of_tables_from_the_environment_have_types(monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("modle = 'x'", "sets 'modle', and there is no such setting; did you mean 'model'"),
+        ("modle = 'x'", "no setting 'modle', in .*config.toml or given by name; did you mean 'model'"),
         ("method = 'liner'", "no method 'liner'"),
         ("home = '/x'", "'home'"),
         ("[strength]\nliner = 3.0", "liner"),

@@ -97,8 +97,9 @@ class Trial:
         direction: Vector | None,
         request: Callable[[Question, Sampling], Request],
         chat: Backend | Arithmetic,
+        prompt: str = "",
     ) -> Point:
-        """The replies to all questions under one request each."""
+        """The replies to all questions under one request each; ``label`` and ``prompt`` tell them from others."""
 
         def draw() -> list[str]:
             asked = [request(question, self.sampling(self.seed + at)) for at, question in enumerate(self.questions)]
@@ -108,7 +109,21 @@ class Trial:
                 self.progress(1)
             return texts
 
-        return self.scored(policy, label, direction, self.run.unit(f"{policy} {label}", draw))
+        return self.scored(policy, label, direction, self.kept(f"{policy} {label} {prompt}", len(self.questions), draw))
+
+    def kept(self, name: str, replies: int, draw: Callable[[], Any]) -> Any:
+        """What ``draw`` draws, or what a run that goes on has of it: so many replies, which are told as well."""
+        drawn = False
+
+        def make() -> Any:
+            nonlocal drawn
+            drawn = True
+            return draw()
+
+        found = self.run.unit(name, make)
+        if not drawn:
+            self.progress(replies)
+        return found
 
     def scored(self, policy: str, label: str, direction: Vector | None, texts: list[str]) -> Point:
         """A point of finished replies."""
@@ -162,7 +177,7 @@ def policy_points(
         ]
     else:
         spread = [from_angles([one]) for one in angles] or spread_directions(card, directions)
-        asked = [(f"{angles_of(one)[0]:+.0f}°", one, card.prompt(one)) for one in spread]
+        asked = [(f"{round(angles_of(one)[0], 1):+g}°", one, card.prompt(one)) for one in spread]
 
     found = []
     for label, direction, prompt in asked:
@@ -170,7 +185,7 @@ def policy_points(
         def request(question: Question, sampling: Sampling, prompt: str = prompt) -> Request:
             return policy.request(question.messages, prompt, sampling)
 
-        found.append(trial.point(name, label, direction, request, policy))
+        found.append(trial.point(name, label, direction, request, policy, prompt))
     return found
 
 
@@ -188,7 +203,8 @@ def robust_rows(
         def draw(vector: Vector = vector, direction: Direction = direction) -> dict[str, list[str]]:
             return _robust_replies(trial, policy, vector, direction, count)
 
-        chosen: dict[str, list[str]] = trial.run.unit(f"{name} {angles_of(vector)[0]:+g}", draw)
+        asked = 2 * count * len(trial.questions)
+        chosen: dict[str, list[str]] = trial.kept(f"{name} {vector} {count}", asked, draw)
         values = {}
         for how, texts in chosen.items():
             point = trial.scored(name, how, vector, texts)

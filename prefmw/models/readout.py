@@ -44,6 +44,11 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
         self.b = nn.Parameter(torch.zeros(rows, rank))
 
+    @property
+    def weight(self) -> Tensor:
+        """W + B A, (rows, columns), for an encoder that looks at it."""
+        return self.layer.weight + self.b @ self.a
+
     def forward(self, given: Tensor) -> Tensor:
         """(..., columns) to (..., rows)."""
         changed: Tensor = self.layer(given) + given @ self.a.T @ self.b.T

@@ -59,7 +59,7 @@ class DPACard:
         names: by attribute, what it is called there; its own name where it is left out.
         opposites: by attribute, what less of it is called there, for a model that reads words better than signs: a
             negative value stands as a positive one of that, ``6 * concise`` for ``-6 * detailed``.
-        scale: what a unit is written as.
+        scale: what a unit is written as, and a reward of 100.
         units: by attribute, what a point of its reward counts for in v . r; 1 where it is left out.
         condition: ``direction``, or ``rewards`` for a SteerLM-style model, whose prompt names the rewards wanted.
         weights: ``lora`` on a chat model, or ``whole``: the checkpoint is a chat model itself.
@@ -137,7 +137,7 @@ class DPACard:
     def reward_prompt(self, rewards: Sequence[float]) -> str:
         """The system prompt of a SteerLM-style model that asks for these rewards, 0-100."""
         names = [self.names.get(name, name) for name in self.attributes]
-        terms = (f"{name}={round(value)}" for name, value in zip(names, rewards, strict=True))
+        terms = (f"{name}={round(self.scale * value / 100)}" for name, value in zip(names, rewards, strict=True))
         return self.template.replace("{rating}", ", ".join(terms))
 
     def to_json(self) -> str:

@@ -21,7 +21,7 @@ from prefmw.training.topics import Topic
 ATTRIBUTES = ("helpfulness", "verbosity")
 """What the oracles score."""
 
-READ_AT_ONCE = 40
+PATIENCE = 40
 """Words that a reader does not mind reading; about the median length of a neutral answer of the corpus."""
 
 
@@ -35,13 +35,13 @@ def helpfulness(text: str, topic: Topic) -> float:
 
     Every fact of the topic counts half as much as the one before it, 70 for all there could be; up to two sevenths of
     that come on top for the facts' reasons, in proportion, and 10 for an example or a caveat. A wrong sentence takes
-    25, and n words more than :data:`READ_AT_ONCE` take n² / 160. (``helpful`` of ``eval steer`` is what is told.)
+    25, and n words more than :data:`PATIENCE` take n² / 160. (``helpful`` of ``eval steer`` is what is told.)
     """
     content = read_content(text, topic)
     if not content.relevant:
         return 0.0
     told = 70 * (1 - 0.5 ** len(content.facts)) * (1 + 2 / 7 * len(content.reasons) / len(content.facts))
-    reading = max(0, len(text.split()) - READ_AT_ONCE) ** 2 / 160
+    reading = max(0, len(text.split()) - PATIENCE) ** 2 / 160
     return min(100.0, max(0.0, told + 10 * bool(content.extras) - 25 * content.wrong - reading))
 
 

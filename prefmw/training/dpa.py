@@ -142,12 +142,8 @@ class _Run:
             with self._policy(None, temperature=FRONT_TEMPERATURE) as policy:
 
                 def make(some: Sequence[int]) -> list[Drawing]:
-                    said = [(number, text) for number in some for text in self.prompts[number].replies]
-                    rewards = self._rewards(policy, [(self.prompts[number].messages, text) for number, text in said])
-                    replies: dict[int, list[Reply]] = {number: [] for number in some}
-                    for (number, text), row in zip(said, rewards, strict=True):
-                        replies[number].append(Reply(text, True, (), row))
-                    return [Drawing(number, None, tuple(found)) for number, found in replies.items()]
+                    found = self._originals(policy, some)
+                    return [Drawing(number, None, tuple(replies)) for number, replies in found.items()]
 
                 self._draw(folder, half, make, bar("annotating"))
                 if self.state.is_main_process:
@@ -290,6 +286,18 @@ class _Run:
         for (number, wanted, _), one, row in zip(asked, drawn, self._rewards(policy, said), strict=True):
             key = (number, wanted if by_direction else None)
             found.setdefault(key, []).append(Reply(one.text, one.ended, wanted, row))
+        if self.recipe.draws.originals:
+            also = self._originals(policy, list(copies))
+            found = {key: [*replies, *also[key[0]]] for key, replies in found.items()}
+        return found
+
+    def _originals(self, policy: Policy, numbers: Sequence[int]) -> dict[int, list[Reply]]:
+        """The original replies to these prompts, with their rewards."""
+        said = [(number, text) for number in numbers for text in self.prompts[number].replies]
+        rewards = self._rewards(policy, [(self.prompts[number].messages, text) for number, text in said])
+        found: dict[int, list[Reply]] = {number: [] for number in numbers}
+        for (number, text), row in zip(said, rewards, strict=True):
+            found[number].append(Reply(text, True, (), row))
         return found
 
     def _rewards(self, policy: Policy, said: Sequence[tuple[Sequence[Message], str]]) -> list[Vector]:

@@ -22,6 +22,8 @@ class Draws:
         first_directions: directions that one of them is kept for.
         directions: directions for each prompt of later iterations.
         replies: replies for each direction, from iteration 2 on; the best of them is learned from.
+        originals: whether a prompt's original replies are among those that the best is chosen from. The paper chooses
+            from what is drawn alone; a small model draws worse ones than its corpus holds.
         temperature, max_tokens: of the sampling.
         shard: prompts whose replies are written to one file.
     """
@@ -30,6 +32,7 @@ class Draws:
     first_directions: int = 5
     directions: int = 5
     replies: int = 16
+    originals: bool = False
     temperature: float = 1.0
     max_tokens: int = 1024
     shard: int = 32

@@ -194,6 +194,12 @@ def fit_readout(
     keys = tuple(key for key, dimension in dimensions.items() if dimension.kind == "style")
     if not keys:
         raise UsageError("there is no style dimension to read")
+    poles = {key: dimensions[key].poles for key in keys}
+    if start and dict(zip(start.dimensions, start.poles, strict=True)) != poles:
+        raise UsageError(
+            f"the read-out to start from reads {', '.join(start.dimensions)}, and this fit {', '.join(keys)}; leave "
+            "out --start, or name one of the same dimensions and poles"
+        )
     written = [*written_examples(anchors, dimensions, seed), *foreign_examples(embedder, dimensions, seed)]
     held_out = [one for one in written if one.held_out]
     rest = [one for one in written if not one.held_out]
@@ -214,8 +220,6 @@ def fit_readout(
         config: Any = embedder.encoder.config
         reader = Reader(encoder, config.hidden_size, len(keys))
         if start:
-            if start.dimensions != keys:
-                raise UsageError(f"the read-out to start from reads {', '.join(start.dimensions)}")
             start.continued(reader)
         _train(reader, embedder, epoch, epochs, seed, dtype, progress, unfinished)
     bank = torch.from_numpy(embedder([anchor.text for anchor in anchors]))
@@ -224,18 +228,14 @@ def fit_readout(
         logits = [reader(**embedder.tokens(asked[at : at + BATCH], LONGEST)) for at in range(0, len(asked), BATCH)]
     temperature = _temperature(torch.cat(logits), wanted)
     head = {f"head.{name}": tensor.detach() / temperature for name, tensor in reader.head.state_dict().items()}
-    poles = {key: dimensions[key].poles for key in keys}
-    readout = ReadOut(embedder, poles, 0.0, anchors, {**_detached(encoder), **head, "anchors": bank})
+    learned = {name: value.detach() for name, value in changes(encoder).items()}
+    readout = ReadOut(embedder, poles, 0.0, anchors, {**learned, **head, "anchors": bank})
     readout.threshold, measured = _threshold(readout.values(asked), wanted.numpy())
     counts = {"examples": len(epoch(0)[0]), "held_out": len(held_out), "anchors": len(anchors)}
     if out and unfinished:
         readout.save(out)
         unfinished.done()
     return readout, {**counts, "temperature": round(temperature, 3), "threshold": readout.threshold, **measured}
-
-
-def _detached(encoder: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in changes(encoder).items()}
 
 
 def _targets(given: Sequence[Example], keys: Sequence[str]) -> Tensor:

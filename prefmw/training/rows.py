@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,8 +24,8 @@ def read_rows(path: Path, left_out: Counter[str]) -> Iterator[Mapping[str, Any]]
     """
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix not in _SUFFIXES:
-        if not path.exists():
-            raise UsageError(f"there is no '{path}'")
+        if not os.path.exists(path):
+            raise UsageError(f"there is no '{path}'; name a file of rows: {', '.join(_SUFFIXES)}")
         raise UsageError(f"'{path}' is no file of rows: expected {', '.join(_SUFFIXES)}, the first two also as .gz")
     try:
         if suffix == ".parquet":

@@ -193,4 +193,5 @@ def test_a_card_may_word_its_rating_otherwise():
 def test_reward_prompts_name_the_rewards():
     card = DPACard("x", condition="rewards", template="Ratings: {rating}")
     assert card.reward_prompt((81.4, 19.6)) == "Ratings: helpfulness=81, verbosity=20"
+    assert replace(card, scale=10).reward_prompt((81.4, 19.6)) == "Ratings: helpfulness=8, verbosity=2"
     assert replace(card, names={"verbosity": "long"}).reward_prompt((81.4, 19.6)) == "Ratings: helpfulness=81, long=20"

@@ -102,6 +102,21 @@ def test_halves_take_turns_and_every_reply_is_on_disk(finished):
     assert len(set(texts)) > len(texts) / 2
 
 
+def test_original_replies_may_be_the_best(toy, tmp_path):
+    """Under directions to brevity the shortest reply is learned, and of a toy's babble it is the original one."""
+    draws = Draws(first=2, directions=2, replies=1, max_tokens=40, shard=4, originals=True)
+    fit = Fit(rank=2, learning_rate=1e-3, epochs=1, batch=8, per_device=8, packing=False, max_tokens=256)
+    made = recipe(toy, iterations=1, draws=draws, fit=fit)
+    train_dpa(made, tmp_path / "run", load_scorer=scorer, data=[data(tmp_path, 12)], progress=False)
+    for drawing in read_shards(tmp_path / "run" / "iteration-1" / "samples"):
+        assert [reply.text for reply in drawing.replies[2:]] == [
+            "Keep the room dark.",
+            "Put the phone away an hour before bed, and keep the room dark and cool.",
+        ]
+        assert all(reply.asked == () and reply.ended for reply in drawing.replies[2:])
+        assert drawing.replies[2].rewards[1] == 4.0 * 4
+
+
 def test_a_share_of_the_lessons_is_replayed(finished):
     _, _, metrics = finished
     count = metrics["iterations"][2]["lessons"]
