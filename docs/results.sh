@@ -20,6 +20,7 @@ measure steer-dev-linear steer --split dev --methods none,prompt,linear $sweep -
 measure steer-dev-pad steer --split dev --methods none,prompt,pad $sweep --no-controls --n 16
 measure steer-test steer --split test --methods none,prompt,linear,pad --strength 1 --n 40 --second-opinion
 measure dials-test dials --split test --n 16
+measure control control --split test --n 200
 everybody="--by likelihood --everybody"
 measure choice-dev choice --split dev --data composed --n 24 $everybody --methods none,prompt,linear --ratios 0,0.5,1,2,3,5,10 --no-controls
 measure choice-test choice --split test --data composed --n 34 $everybody --methods none,prompt,linear,pad

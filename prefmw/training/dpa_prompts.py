@@ -32,7 +32,7 @@ def read_prompts(recipe: DPARecipe, data: Sequence[Path]) -> tuple[list[Prompt],
     """The prompts to train on, shuffled, and those held out for the front: each once, with its original replies."""
     if recipe.corpus is not None:
         count, answers = recipe.corpus.prompts, recipe.corpus.answers
-        rows = list(composed_scores("train", count * answers, seed=recipe.seed, answers=answers, spoilt=0.0))
+        rows = list(composed_scores("train", count * answers, seed=recipe.seed, answers=answers, spoilt=0.1))
         held = composed_scores("dev", recipe.front_prompts, seed=recipe.seed)
         held_out = [Prompt(row.messages, (row.response,)) for row in held]
     else:
