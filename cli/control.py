@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,6 @@ from prefmw.cli.measuring import OutOption, check_split, finish, opened
 from prefmw.cli.options import JsonOption
 from prefmw.cli.output import loading, progress_bar
 from prefmw.errors import UsageError
-
-if TYPE_CHECKING:
-    from prefmw.arithmetic import Arithmetic
 
 
 def control(
@@ -52,7 +49,9 @@ def control(
     """Compare what DPA checkpoints give under directions across their cone, by the oracles: the front."""
     from prefmw.bootstrap import load_backend, load_dimensions, load_policy, load_scorer
     from prefmw.evaluation.control import (
+        PLAIN,
         Trial,
+        asked_of,
         front_rows,
         held_out_questions,
         plain_points,
@@ -101,8 +100,8 @@ def control(
     vectors = [from_angles([one]) for one in (angle or [-60.0, -45.0, 0.0, 45.0])]
     with progress_bar() as bar:
         questions = held_out_questions(split, n, seed)  # type: ignore[arg-type]
-        asked = 3 + sum(_asked(one, directions, angle) for one in policies)
-        total = n * (asked if robust is None else 2 * robust * len(vectors) * len(steered))
+        points_asked = len(PLAIN) + sum(len(asked_of(one.card, directions, angle or [])) for one in policies)
+        total = n * (points_asked if robust is None else 2 * robust * len(vectors) * len(steered))
         task = bar.add_task("replies", total=total)
         trial = Trial(
             questions,
@@ -130,13 +129,6 @@ def control(
         file.close()
     fronts, over = front_rows(trial, points)
     finish(kept, json, rows=point_rows(trial, points), fronts=fronts, over=over)
-
-
-def _asked(policy: Arithmetic, directions: int, angles: list[float] | None) -> int:
-    """How many points a policy has."""
-    if policy.card.condition == "rewards":
-        return len(policy.card.targets)
-    return len(angles) if angles else directions
 
 
 def _iterations(run: Path) -> list[str]:

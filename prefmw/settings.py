@@ -6,7 +6,6 @@ the config file ``config.toml`` and, unless a database is named, ``prefmw.db``.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
@@ -25,7 +24,7 @@ from pydantic_settings import (
     SettingsError as UnreadableEnvironment,
 )
 
-from prefmw.errors import SettingsError, UsageError
+from prefmw.errors import SettingsError, UsageError, nearest
 from prefmw.preferences import check_candidate, check_method, check_strength
 
 CONFIG_FILE = "config.toml"
@@ -236,9 +235,8 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, Settings.model_fields, 1)
-            meant = f"; did you mean '{near[0]}'?" if near else ""
-            raise SettingsError(f"there is no setting '{name}', in {config} or given by name{meant}") from error
+            known = nearest(name, Settings.model_fields)
+            raise SettingsError(f"there is no setting '{name}', in {config} or given by name; {known}") from error
         place = f"a flag, PREFMW_{name.upper().replace('.', '__')} or {config}"
         raise SettingsError(f"setting '{name}' ({place}): {first['msg']}") from error
     except UnreadableEnvironment as error:

@@ -31,7 +31,7 @@ from prefmw.evaluation.statistics import RESAMPLES, cluster_interval
 from prefmw.evaluation.steer import MAX_TOKENS, TOP_P
 from prefmw.personalizer import Backend, build_request, make_plan
 from prefmw.preferences import Dimensions, Direction, Message
-from prefmw.preferences.directions import Vector, angles_of, from_angles, project, spread_directions
+from prefmw.preferences.directions import DPACard, Vector, angles_of, from_angles, project, spread_directions
 from prefmw.rewards import Scorer
 from prefmw.training.composed_scores import ATTRIBUTES, oracle_scores
 from prefmw.training.styles import Split
@@ -41,6 +41,10 @@ Values = NDArray[np.float64]
 
 FRONTS = {"brief": (1.0, -1.0), "long": (1.0, 1.0)}
 """The two hypervolumes, by the sign of verbosity in them."""
+
+
+PLAIN = (("plain", None), ("prompt", -1.0), ("prompt", 1.0))
+"""What stands beside the checkpoints: the chat model as it is, and prompted for either pole of verbosity."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +117,9 @@ class Trial:
 
     def kept(self, name: str, replies: int, draw: Callable[[], Any]) -> Any:
         """What ``draw`` draws, or what a run that goes on has of it: so many replies, which are told as well."""
-        drawn = False
-
-        def make() -> Any:
-            nonlocal drawn
-            drawn = True
-            return draw()
-
-        found = self.run.unit(name, make)
-        if not drawn:
+        if name in self.run:
             self.progress(replies)
-        return found
+        return self.run.unit(name, draw)
 
     def scored(self, policy: str, label: str, direction: Vector | None, texts: list[str]) -> Point:
         """A point of finished replies."""
@@ -151,7 +147,7 @@ def held_out_questions(split: Split, n: int, seed: int) -> list[Question]:
 def plain_points(trial: Trial) -> list[Point]:
     """The chat model as it is, and prompted for either pole of verbosity."""
     points = []
-    for policy, weight in (("plain", None), ("prompt", -1.0), ("prompt", 1.0)):
+    for policy, weight in PLAIN:
         profile = profile_of({} if weight is None else {"verbosity": weight})
 
         def request(question: Question, sampling: Sampling, profile: Any = profile) -> Request:
@@ -164,23 +160,24 @@ def plain_points(trial: Trial) -> list[Point]:
     return points
 
 
+def asked_of(card: DPACard, directions: int, angles: Sequence[float] = ()) -> list[tuple[str, Vector | None, str]]:
+    """What a checkpoint is asked for, a point each: its label, its direction if it is one, and its system prompt."""
+    if card.condition == "rewards":
+        return [
+            (", ".join(f"{value:.0f}" for value in target), None, card.reward_prompt(target)) for target in card.targets
+        ]
+    spread = [from_angles([one]) for one in angles] or spread_directions(card, directions)
+    return [(f"{round(angles_of(one)[0], 1):+g}°", one, card.prompt(one)) for one in spread]
+
+
 def policy_points(
     trial: Trial, name: str, policy: Arithmetic, directions: int, angles: Sequence[float] = ()
 ) -> list[Point]:
     """A checkpoint's replies: under so many directions across its cone, or those of ``angles`` where there are any; of
     a SteerLM-style one under its targets.
     """
-    card = policy.card
-    if card.condition == "rewards":
-        asked: list[tuple[str, Vector | None, str]] = [
-            (", ".join(f"{value:.0f}" for value in target), None, card.reward_prompt(target)) for target in card.targets
-        ]
-    else:
-        spread = [from_angles([one]) for one in angles] or spread_directions(card, directions)
-        asked = [(f"{round(angles_of(one)[0], 1):+g}°", one, card.prompt(one)) for one in spread]
-
     found = []
-    for label, direction, prompt in asked:
+    for label, direction, prompt in asked_of(policy.card, directions, angles):
 
         def request(question: Question, sampling: Sampling, prompt: str = prompt) -> Request:
             return policy.request(question.messages, prompt, sampling)

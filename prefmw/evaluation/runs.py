@@ -48,6 +48,10 @@ class Run:
         if folder is not None:
             self._claim(folder)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether that unit is measured."""
+        return name in self._kept
+
     def unit(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, JSON; of a run that goes on, what it returned before it was killed."""
         if name not in self._kept:
