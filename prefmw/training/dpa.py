@@ -22,7 +22,8 @@ import logging
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,21 +137,29 @@ class _Run:
         return list(range(iteration % 2, len(self.prompts), 2))
 
     def annotate(self, bar: Bar) -> list[list[Vector]]:
-        """The rewards of the original replies of iteration 0's half, by prompt in its order."""
+        """The original replies scored, and the rewards of those of iteration 0's half, by prompt in its order.
+
+        The other half's are scored as well where the best reply may be an original one.
+        """
         folder, half = self.out / "annotated", self.half(0)
-        if not self._all_there(folder, half) or not (folder / "plain.json").is_file():
+        numbers = range(len(self.prompts)) if self.recipe.draws.originals else half
+        if not self._all_there(folder, numbers) or not (folder / "plain.json").is_file():
             with self._policy(None, temperature=FRONT_TEMPERATURE) as policy:
 
                 def make(some: Sequence[int]) -> list[Drawing]:
-                    found = self._originals(policy, some)
-                    return [Drawing(number, None, tuple(replies)) for number, replies in found.items()]
+                    return self._scored_originals(policy, some)
 
-                self._draw(folder, half, make, bar("annotating"))
+                self._draw(folder, numbers, make, bar("annotating"))
                 if self.state.is_main_process:
                     point = plain_point(policy, [prompt.messages for prompt in self.held_out], self.recipe)
                     (folder / "plain.json").write_text(json.dumps(point) + "\n", encoding="utf-8")
         self.state.wait_for_everyone()
-        return [[reply.rewards for reply in drawing.replies] for drawing in read_shards(folder)]
+        return [[reply.rewards for reply in self.originals[number]] for number in half]
+
+    @cached_property
+    def originals(self) -> dict[int, tuple[Reply, ...]]:
+        """The original replies with their rewards, by prompt, once :meth:`annotate` has written them."""
+        return {drawing.prompt: drawing.replies for drawing in read_shards(self.out / "annotated")}
 
     def lessons(self, iteration: int, annotated: list[list[Vector]], bar: Bar) -> list[Lesson]:
         """What an iteration learns: for 0 the original replies under their rewards, later the best of what is drawn."""
@@ -159,8 +168,8 @@ class _Run:
             ours = self._reward_card()
             return [
                 Lesson(tuple(with_system(self.prompts[number].messages, ours.reward_prompt(reply.rewards))), reply.text)
-                for number, drawing in zip(self.half(0), read_shards(self.out / "annotated"), strict=True)
-                for reply in drawing.replies
+                for number in self.half(0)
+                for reply in self.originals[number]
             ]
         folder, half = self.folder(iteration) / "samples", self.half(iteration)
         if not self._all_there(folder, half):
@@ -172,6 +181,8 @@ class _Run:
         self.state.wait_for_everyone()
         found = []
         for drawing in read_shards(folder):
+            if recipe.draws.originals:
+                drawing = replace(drawing, replies=drawing.replies + self.originals[drawing.prompt])
             if drawing.direction is not None:
                 wanted = [drawing.direction]
             else:
@@ -286,19 +297,15 @@ class _Run:
         for (number, wanted, _), one, row in zip(asked, drawn, self._rewards(policy, said), strict=True):
             key = (number, wanted if by_direction else None)
             found.setdefault(key, []).append(Reply(one.text, one.ended, wanted, row))
-        if self.recipe.draws.originals:
-            also = self._originals(policy, list(copies))
-            found = {key: [*replies, *also[key[0]]] for key, replies in found.items()}
         return found
 
-    def _originals(self, policy: Policy, numbers: Sequence[int]) -> dict[int, list[Reply]]:
-        """The original replies to these prompts, with their rewards."""
+    def _scored_originals(self, policy: Policy, numbers: Sequence[int]) -> list[Drawing]:
         said = [(number, text) for number in numbers for text in self.prompts[number].replies]
         rewards = self._rewards(policy, [(self.prompts[number].messages, text) for number, text in said])
         found: dict[int, list[Reply]] = {number: [] for number in numbers}
         for (number, text), row in zip(said, rewards, strict=True):
             found[number].append(Reply(text, True, (), row))
-        return found
+        return [Drawing(number, None, tuple(replies)) for number, replies in found.items()]
 
     def _rewards(self, policy: Policy, said: Sequence[tuple[Sequence[Message], str]]) -> list[Vector]:
         rows = policy.scorer.rewards(said, self.recipe.attributes)
