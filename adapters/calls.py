@@ -8,8 +8,10 @@ from typing import Any
 
 from prefmw.adapters.opening import Opened, without_password
 from prefmw.adapters.tool_calls import ToolCallReader
-from prefmw.personalizer import Options, Personalizer, Prepared, build_request
+from prefmw.personalizer import Personalizer
+from prefmw.plans import Options, Prepared
 from prefmw.preferences import Message
+from prefmw.steering import build_request
 
 
 class Call(str):

@@ -34,7 +34,7 @@ from prefmw.adapters.messages import conversation
 from prefmw.adapters.opening import OnUnknownUser, Opened, opened, without_password
 from prefmw.adapters.tool_calls import chosen_tool, opening
 from prefmw.errors import ContextLengthError, UnknownUserError, UsageError
-from prefmw.personalizer import Options, Prepared
+from prefmw.plans import Options, Prepared
 from prefmw.preferences import Message, PreferenceStore, Profile, check_user_id
 from prefmw.reply import Reply, ReplyStream
 from prefmw.settings import load_settings

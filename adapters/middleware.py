@@ -20,9 +20,8 @@ from prefmw.adapters.awaiting import in_thread
 from prefmw.adapters.langchain import ChatPrefMW, answering
 from prefmw.adapters.opening import OnUnknownUser, Opened, opened
 from prefmw.errors import MissingExtraError, PrefmwError, ThreadOwnerError, UsageError
-from prefmw.personalizer import Options
+from prefmw.plans import Options, Plan
 from prefmw.preferences import check_user_id
-from prefmw.reply import Plan
 
 try:
     from langchain.agents.middleware import AgentMiddleware, AgentState, ModelRequest, ModelResponse, hook_config

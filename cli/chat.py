@@ -16,7 +16,8 @@ from prefmw.cli.output import emit, loading, print_json, say
 from prefmw.errors import PrefmwError, UnknownUserError, UsageError
 
 if TYPE_CHECKING:
-    from prefmw.personalizer import Options, Personalizer
+    from prefmw.personalizer import Personalizer
+    from prefmw.plans import Options
     from prefmw.preferences import Message, PreferenceStore, Profile
     from prefmw.reply import Reply
     from prefmw.settings import Settings
@@ -178,7 +179,7 @@ def chat(
     try:
         profile = _known_or_new(store, settings.user)
         with loading(settings.model):
-            from prefmw.personalizer import Options
+            from prefmw.plans import Options
 
             options = Options(
                 method, strength, temperature, top_p, top_k, max_tokens, seed, candidate=candidate, robust=robust

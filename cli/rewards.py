@@ -15,8 +15,8 @@ from prefmw.errors import UsageError
 if TYPE_CHECKING:
     from prefmw.evaluation.judges import Judge
     from prefmw.evaluation.reward_models import Reward
-    from prefmw.personalizer import Backend
     from prefmw.preferences import Dimensions
+    from prefmw.steering import Backend
 
 BUILT_IN = ("zero-shot", "second-opinion")
 

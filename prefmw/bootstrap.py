@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from prefmw.decoding import Engine
     from prefmw.guidance import Guidance
     from prefmw.models import ChatModel, ModelSpec
-    from prefmw.personalizer import Backend, Personalizer
+    from prefmw.personalizer import Personalizer
     from prefmw.preferences.calibration import Calibration
     from prefmw.preferences.inference import Inferer
     from prefmw.rewards import Scorer
     from prefmw.scoring import Scale
+    from prefmw.steering import Backend
 
 _backends: dict[str, Backend] = {}
 _guidances: dict[tuple[str, str], Guidance] = {}
@@ -55,7 +56,8 @@ def open_store(settings: Settings) -> PreferenceStore:
 
 def build_personalizer(settings: Settings, store: PreferenceStore) -> Personalizer:
     """A personalizer on the settings' chat model, which is loaded at the first reply and shared within the process."""
-    from prefmw.personalizer import Defaults, Personalizer
+    from prefmw.personalizer import Personalizer
+    from prefmw.plans import Defaults
 
     dimensions = load_dimensions(settings)
     defaults = Defaults(
@@ -206,7 +208,7 @@ def load_backend(settings: Settings) -> Backend:
     """
     from prefmw.decoding import Engine
     from prefmw.models import load_chat_model
-    from prefmw.personalizer import Backend
+    from prefmw.steering import Backend
 
     spec = _spec(settings)
     with _lock:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from prefmw.decoding import Request, Sampling
 from prefmw.errors import UsageError
-from prefmw.personalizer import Backend, Defaults, build_request, within_context
+from prefmw.plans import Defaults, Plan
 from prefmw.preferences import (
     Dial,
     Dimensions,
@@ -29,8 +29,8 @@ from prefmw.preferences import (
     persona_sentence,
 )
 from prefmw.preferences.learning import Learned, bradley_terry, information, left_out_accuracy
-from prefmw.reply import Plan
 from prefmw.scoring import Exchange, Progress, Scale, attribute_scores, scored_dimensions, spoken
+from prefmw.steering import Backend, build_request, within_context
 
 LEAST = 3
 """Choices below which nothing is learned."""

@@ -20,9 +20,9 @@ from prefmw.decoding import Request, Sampling
 from prefmw.decoding.forced import look_into
 from prefmw.errors import UsageError
 from prefmw.models import ChatModel, Detokenizer
-from prefmw.personalizer import Backend, build_request
+from prefmw.plans import Plan
 from prefmw.preferences import Dial, Message, PreferenceStore, RecordedTurn
-from prefmw.reply import Plan
+from prefmw.steering import Backend, build_request
 
 ALTERNATIVES = 5
 """Likeliest tokens of either distribution that are kept beside the one said."""

@@ -1,233 +1,53 @@
-"""One turn: profile -> plan -> reply -> record. The command line, LangChain and servers all call this.
-
-A plan says, in numbers and words a person can read, how a reply will be steered. A new alignment method is a combiner
-in ``prefmw.alignment`` and its views in :func:`build_request`.
-"""
+"""One turn: profile -> plan -> reply -> record. The command line, LangChain and servers all call this."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefmw.alignment import Combiner, combine_drift, combine_linear, combine_plain
 from prefmw.arithmetic import Arithmetic
-from prefmw.decoding import Engine, Generation, Request, Sampling, View
-from prefmw.errors import ConflictError, ContextLengthError, MissingExtraError, StoreError, UnknownUserError, UsageError
-from prefmw.guidance import BestOf, Guidance, seeded
+from prefmw.decoding import Sampling
+from prefmw.errors import ConflictError, MissingExtraError, StoreError, UnknownUserError, UsageError
+from prefmw.guidance import Guidance
+from prefmw.learning import infer_persona, learn_from
 from prefmw.models import ChatModel, Detokenizer
+from prefmw.plans import (
+    MAX_ROBUST,
+    Defaults,
+    Options,
+    Plan,
+    Prepared,
+    candidate_rule,
+    choose_method,
+    make_plan,
+    no_effect,
+)
 from prefmw.preferences import (
     AUTO,
-    BEST_OF_K,
-    GREEDY,
-    PAD_TEMPERATURE,
-    PAD_TOP_K,
     STOCHASTIC,
     STRENGTHS,
     Dimensions,
-    DPACard,
     Message,
     PreferenceStore,
     Profile,
-    Source,
-    Stated,
     Turn,
     check_candidate,
-    check_method,
     check_strength,
     check_text,
-    dials_of,
-    direction_of,
-    persona_sentence,
     principle_text,
 )
 from prefmw.preferences.directions import about_direction
-from prefmw.preferences.inference import STRICT, Inference, Inferer
-from prefmw.preferences.profile import MAX_PERSONA
-from prefmw.reply import Plan, Reply, ReplyStream, Timing
-
-_NEEDS_PERSRM = (
-    "method 'pad' needs a PersRM, and none is known for this model: name one with --persrm (PREFMW_PERSRM), or make "
-    "one with 'prefmw train persrm'"
-)
-
-
-_NEEDS_DPA = (
-    "method 'dpa' needs a chat model trained to read directions, and none is known for this one: name its checkpoint "
-    "with --dpa (PREFMW_DPA), or make one with 'prefmw train dpa'; any model takes --method prompt"
-)
-
-
-MAX_ROBUST = 64
-"""Replies that the best is kept of, at most."""
-
-
-class Backend(NamedTuple):
-    """A loaded chat model, the engine that decodes with it, and what loads the PersRM that guides it and the DPA
-    checkpoint on it, where there is one.
-    """
-
-    chat: ChatModel
-    engine: Engine
-    load_guidance: Callable[[], Guidance] | None = None
-    load_arithmetic: Callable[[], Arithmetic] | None = None
-
-    def guidance(self) -> Guidance:
-        """The PersRM on this engine.
-
-        Raises:
-            UsageError: none is configured for this model.
-        """
-        if self.load_guidance is None:
-            raise UsageError(_NEEDS_PERSRM)
-        return self.load_guidance()
-
-    def arithmetic(self) -> Arithmetic:
-        """The DPA checkpoint on its engine.
-
-        Raises:
-            UsageError: none is known for this model.
-        """
-        if self.load_arithmetic is None:
-            raise UsageError(_NEEDS_DPA)
-        return self.load_arithmetic()
-
-
-@dataclass(frozen=True)
-class Options:
-    """What one call asks for; ``None`` leaves it to the user's profile and then to the defaults."""
-
-    method: str | None = None
-    strength: float | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    candidate: str | None = None
-    robust: int | None = None
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """What the reply may call, as JSON schemas in OpenAI's form; its chat template has to take them."""
-    opening: tuple[tuple[str, bool], ...] = ()
-    """What the reply is made to begin with, not part of its text: (text, whether it is somebody's, not the model's)."""
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What applies where neither the call nor the user says otherwise."""
-
-    method: str = AUTO
-    strength: Mapping[str, float] = field(default_factory=dict)
-    temperature: float = 0.7
-    top_p: float = 0.8
-    top_k: int | None = None
-    max_tokens: int = 512
-    seed: int | None = None
-    max_dials: int = 7
-    candidate: str | None = None
-    has_persrm: bool = False
-    dpa: Callable[[], DPACard] | None = None
-    robust: int | None = None
-
-
-class Prepared(NamedTuple):
-    """A turn before a model is needed: whose it is (``None``: nobody's), how it is steered, what there is to tell."""
-
-    user_id: str | None
-    plan: Plan
-    notices: tuple[str, ...]
-
-
-def choose_method(
-    profile: Profile, dimensions: Dimensions, asked: str | None, default: str, *, has_persrm: bool = False
-) -> str:
-    """The method of a turn: the call's, else the user's, else the default's, else by the profile.
-
-    By the profile means ``none`` where there is no principle to follow, else ``pad`` where there is a PersRM, else
-    ``linear``.
-
-    Raises:
-        UsageError: the one asked for does not exist.
-    """
-    for method in (asked, profile.method, default):
-        if method is not None and check_method(method) != AUTO:
-            return method
-    if not principle_text(profile, dimensions):
-        return "none"
-    return "pad" if has_persrm else "linear"
-
-
-def make_plan(
-    profile: Profile,
-    dimensions: Dimensions,
-    method: str,
-    strength: float | None,
-    sampling: Sampling,
-    *,
-    max_dials: int = Defaults.max_dials,
-    candidate: str = STOCHASTIC,
-    dpa: DPACard | None = None,
-    robust: int | None = None,
-) -> Plan:
-    """How ``method`` steers a reply to this person; of more than ``max_dials`` weights Drift takes the strongest, and
-    ``candidate`` is how PAD picks; ``dpa`` is the card that DPA's direction is read by.
-
-    Raises:
-        UsageError: a direction of zeros.
-    """
-    if method == "dpa" and dpa is not None:
-        direction = direction_of(profile, dpa)
-        return Plan(
-            method,
-            None,
-            direction.prompt,
-            profile.revision,
-            profile.weights,
-            sampling,
-            direction=direction,
-            robust=robust,
-        )
-    dials = dials_of(profile, dimensions) if method == "drift" else []
-    return Plan(
-        method=method,
-        strength=strength,
-        principle=persona_sentence(profile) if method == "drift" else principle_text(profile, dimensions),
-        revision=profile.revision,
-        weights=profile.weights,
-        sampling=sampling,
-        dials=tuple(dials[:max_dials]),
-        left_out=tuple(dial.dimension for dial in dials[max_dials:]),
-        candidate=candidate if method == "pad" else None,
-    )
-
-
-def candidate_rule(sampling: Sampling, candidate: str | None, top_p: float | None) -> tuple[Sampling, str]:
-    """PAD's way of drawing: the base's ``top_k`` likeliest tokens, ten by default, within a nucleus only where a call
-    names one, and greedy, stochastic (at temperature 0.7 where none is set) or the best of ``top_k`` whole replies.
-
-    Without a ``candidate`` the temperature decides between the first two.
-
-    Raises:
-        UsageError: no such way.
-    """
-    check_candidate(candidate)
-    candidate = candidate or (STOCHASTIC if sampling.temperature else GREEDY)
-    temperature = 0.0 if candidate == GREEDY else sampling.temperature or PAD_TEMPERATURE
-    return replace(
-        sampling,
-        temperature=temperature,
-        top_p=top_p or 1.0,
-        top_k=PAD_TOP_K if sampling.top_k is None else sampling.top_k,
-    ), candidate
+from prefmw.preferences.inference import Inferer
+from prefmw.reply import Reply, ReplyStream, Timing
+from prefmw.steering import NEEDS_DPA, NEEDS_PERSRM, Backend, begin, build_request, system_of, within_context
 
 
 class Personalizer:
@@ -289,11 +109,11 @@ class Personalizer:
             strength = None  # asked for whatever method applies, and this one takes none: stream() says so
         strength = check_strength(method, strength)
         if method == "pad" and not defaults.has_persrm:
-            raise UsageError(_NEEDS_PERSRM)
+            raise UsageError(NEEDS_PERSRM)
         if method == "pad" and options.tools:
             raise UsageError("the prompts of method 'pad' hold no tools; choose linear, drift or prompt for this call")
         if method == "dpa" and defaults.dpa is None:
-            raise UsageError(_NEEDS_DPA)
+            raise UsageError(NEEDS_DPA)
         robust = defaults.robust if options.robust is None else options.robust
         if robust is not None and (not isinstance(robust, int) or not 1 <= robust <= MAX_ROBUST):
             raise UsageError(f"robust is a whole number from 1 to {MAX_ROBUST}, got {str(robust)[:20]}")
@@ -370,7 +190,7 @@ class Personalizer:
             raise
         profile, heard = self.reread(profile, last.content if last.role == "user" else None)
         plan = self.plan(profile, options)
-        told = _notices(plan, options, user_id)
+        told = no_effect(plan, options, user_id)
         if plan.direction is not None and self._defaults.dpa is not None:
             told += about_direction(plan.direction, profile, self._defaults.dpa())
         return Prepared(user_id, plan, (*heard, *told))
@@ -527,7 +347,7 @@ class Personalizer:
             Turn(
                 user_id=user_id,
                 conversation_id=reply.conversation_id,
-                system=_system(messages),
+                system=system_of(messages),
                 history=() if reply.conversation_id else tuple(said),
                 prompt=prompt,
                 text=reply.text,
@@ -546,198 +366,3 @@ class Personalizer:
             )
         )
         return replace(reply, conversation_id=recorded.conversation_id, turn_id=recorded.turn_id)
-
-
-def infer_persona(store: PreferenceStore, profile: Profile, inferer: Inferer) -> Profile:
-    """The profile with its inferred layers read anew from its persona, unless they were read from that already.
-
-    Raises:
-        ConflictError: it changed meanwhile.
-        MissingExtraError: there is no embedder.
-    """
-    if profile.inferred_from == inferer.key(profile.persona):
-        return profile
-    return store_inference(store, profile, inferer, inferer.infer(profile.persona))
-
-
-def store_inference(store: PreferenceStore, profile: Profile, inferer: Inferer, found: Inference) -> Profile:
-    """The profile with what its persona was ``found`` to state as its inferred layers.
-
-    Raises:
-        ConflictError: it changed meanwhile.
-    """
-    unread = {
-        key: Stated(weight.value, weight.confidence, weight.evidence)
-        for key, weight in profile.layer(Source.inferred).items()
-        if key not in inferer.dimensions  # retired, say: what is stored on it is kept
-    }
-    return store.write_inferred(
-        profile.user_id,
-        {**unread, **{dimension: one.stated for dimension, one in found.weights.items()}},
-        inferred_from=inferer.key(profile.persona),
-        actor="prefmw",
-        reason="inferred from the persona",
-        expected_revision=profile.revision,
-    )
-
-
-def learn_from(
-    store: PreferenceStore, profile: Profile, message: str, inferer: Inferer, dimensions: Dimensions
-) -> tuple[Profile, list[str]]:
-    """The profile with the preferences that a user's own message states plainly, learned, and a line for each.
-
-    Raises:
-        ConflictError: it changed meanwhile.
-        MissingExtraError: there is no embedder.
-    """
-    if len(message) > MAX_PERSONA:  # a document is no wish
-        return profile, []
-    heard = inferer.infer(message, threshold=STRICT).weights
-    heard = {key: one for key, one in heard.items() if _is_news(profile, key, one.value)}
-    if not heard:
-        return profile, []
-    profile = store.write_weights(
-        profile.user_id,
-        {key: Stated(one.value, abs(one.value), {"quote": one.clause}) for key, one in heard.items()},
-        source=Source.learned,
-        actor="prefmw",
-        reason="said in a conversation",
-        expected_revision=profile.revision,
-    )
-    undo = f"undo: prefmw prefs revert {profile.user_id} {profile.revision - 1}"
-    return profile, [
-        f'heard {key} {one.value:+.2f}, {dimensions[key].pole(one.value).name}, in "{one.clause}" ({undo})'
-        for key, one in heard.items()
-    ]
-
-
-def _is_news(profile: Profile, dimension: str, value: float) -> bool:
-    """Whether a weight says other than what was learned before."""
-    before = profile.layer(Source.learned).get(dimension)
-    return before is None or before.value * value < 0 or abs(before.value - value) > 0.2
-
-
-def _notices(plan: Plan, options: Options, user_id: str) -> list[str]:
-    """What was asked for and has no effect."""
-    notices = []
-    if plan.method == "drift":
-        if not plan.dials:
-            left = "the persona alone has a say" if plan.principle else "the reply is plain"
-            notices.append(f"{user_id} has no style weight, so {left}")
-        if plan.left_out:
-            notices.append(
-                f"of {user_id}'s weights the strongest {len(plan.dials)} act; left out: {', '.join(plan.left_out)}"
-            )
-    elif plan.method != "none" and not plan.principle:
-        notices.append(f"{user_id} has no persona and no style weight of 0.15 or more, so the reply is plain")
-    if options.robust is not None and plan.robust is None:
-        notices.append(f"--robust has no effect: it is DPA's, and the method is '{plan.method}'")
-    if options.candidate is not None and plan.candidate is None:
-        notices.append(f"--candidate has no effect: it is PAD's, and the method is '{plan.method}'")
-    if options.strength is not None and plan.strength is None:
-        notices.append(f"strength {options.strength:g} has no effect: method '{plan.method}' takes none")
-    return notices
-
-
-def begin(
-    plan: Plan,
-    request: Request,
-    messages: Sequence[Message],
-    engine: Engine,
-    guidance: Guidance | None = None,
-    scale: Tensor | None = None,
-    arithmetic: Arithmetic | None = None,
-) -> Generation:
-    """Ask the engine for the reply: one, or where the best of several is wanted all of them."""
-    if arithmetic is not None and plan.direction is not None and plan.robust is not None:
-        wanted = plan.direction.asked
-        options = {"tools": plan.tools, "opening": plan.opening}
-        around = arithmetic.around(messages, plan.direction, request.sampling, plan.robust, **options)
-        requests = [within_context(one, arithmetic.chat) for one in around]
-        arithmetic.scorer()  # what is amiss with it is told before anything is asked
-        return BestOf(_all_of(requests, engine), lambda replies: arithmetic.best(messages, wanted, replies))
-    if guidance is None or plan.candidate != BEST_OF_K or not plan.strength:
-        return engine.submit(request)
-    copies = [seeded(request, copy) for copy in range(plan.sampling.top_k or PAD_TOP_K)]
-    return guidance.best_of(messages, plan.principle, scale, engine, _all_of(copies, engine))
-
-
-def _all_of(requests: Sequence[Request], engine: Engine) -> list[Generation]:
-    generations: list[Generation] = []
-    try:
-        for request in requests:
-            generations.append(engine.submit(request))
-    except BaseException:  # what was begun has no reader
-        for generation in generations:
-            generation.cancel()
-        raise
-    return generations
-
-
-def build_request(
-    plan: Plan,
-    messages: Sequence[Message],
-    chat: ChatModel,
-    guidance: Guidance | None = None,
-    scale: Tensor | None = None,
-    arithmetic: Arithmetic | None = None,
-) -> Request:
-    """The contexts that a method reads the reply in, and how their logits are combined. PAD needs the PersRM's
-    ``guidance`` and the person's w_p, DPA its checkpoint.
-    """
-
-    def request(combiner: Combiner, *contexts: Sequence[Message], parameters: tuple[float, ...] = ()) -> Request:
-        encode = partial(chat.template.encode, tools=plan.tools, opening=plan.opening)
-        views = tuple(View(encode(context)) for context in contexts)
-        return Request(views, combiner, plan.sampling, parameters, chat.stop_ids)
-
-    if plan.method == "none" or not (plan.principle or plan.dials):
-        return request(combine_plain, messages)
-    if plan.method == "dpa":
-        if arithmetic is None:
-            raise UsageError("a plan by DPA needs the checkpoint that reads its direction")
-        return arithmetic.request(messages, plan.principle, plan.sampling, tools=plan.tools, opening=plan.opening)
-    if plan.method == "pad":
-        if guidance is None:
-            raise UsageError("a plan by PAD needs the PersRM that it is guided by")
-        beta = 0.0 if plan.candidate == BEST_OF_K else plan.strength or 0.0  # the best of the base's own replies
-        return guidance.request(messages, plan.principle, scale, beta, plan.sampling, plan.opening)
-    if plan.method == "drift":
-        base = with_principle(messages, plan.principle, chat) if plan.principle else messages
-        if not plan.dials or plan.strength == 0:
-            return request(combine_plain, base)
-        sentences = [" ".join(filter(None, [plan.principle, dial.principle])) for dial in plan.dials]
-        poles = [with_principle(messages, sentence, chat) for sentence in sentences]
-        sizes, gains = [abs(dial.weight) for dial in plan.dials], [dial.gain for dial in plan.dials]
-        return request(combine_drift, base, *poles, parameters=(plan.strength or 0.0, *sizes, *gains))
-    steered = with_principle(messages, plan.principle, chat)
-    if plan.method == "prompt" or plan.strength == 0:  # at ratio 0 the view without the principle has no say
-        return request(combine_plain, steered)
-    return request(combine_linear, messages, steered, parameters=(plan.strength or 0.0,))
-
-
-def within_context(request: Request, chat: ChatModel) -> Request:
-    """The request, its reply no longer than what its longest view leaves of the model's context.
-
-    Raises:
-        ContextLengthError: it leaves nothing.
-    """
-    prompt = max(len(view.context) for view in request.views)
-    room = chat.capacity - prompt
-    if room < 1:
-        raise ContextLengthError(
-            f"the conversation and its instructions take {prompt} tokens, beyond the {chat.capacity} that "
-            f"'{chat.name}' can attend to; shorten the prompt or start a new conversation"
-        )
-    return replace(request, sampling=replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room)))
-
-
-def with_principle(messages: Sequence[Message], principle: str, chat: ChatModel) -> list[Message]:
-    """The conversation with the principle behind its system prompt, or behind the one the template would write."""
-    system = _system(messages) or chat.template.default_system
-    text = f"{system}\n\n{principle}" if system else principle
-    return [Message("system", text), *(message for message in messages if message.role != "system")]
-
-
-def _system(messages: Sequence[Message]) -> str:
-    return "\n\n".join(message.content for message in messages if message.role == "system" and message.content)

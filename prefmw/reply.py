@@ -5,69 +5,15 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from prefmw.decoding import Generation, Sampling
+from prefmw.decoding import Generation
 from prefmw.errors import EngineError, PrefmwError
-from prefmw.models import ChatModel, Detokenizer
-from prefmw.preferences import Dial, Direction, Weight
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a reply is steered: everything but the conversation that decides its distribution.
-
-    ``principle`` is what every steered view reads. ``dials`` are Drift's, a view each; ``left_out`` are the
-    dimensions beyond their bound. ``candidate`` is how PAD picks, ``persrm`` the checkpoint that guides it.
-    ``direction`` is DPA's, ``dpa`` the checkpoint that reads it, ``robust`` the replies that the best is kept of.
-    ``tools`` are what the reply may call, ``opening`` what it is made to begin with.
-    """
-
-    method: str
-    strength: float | None
-    principle: str
-    revision: int
-    weights: Mapping[str, Weight]
-    sampling: Sampling
-    dials: tuple[Dial, ...] = ()
-    left_out: tuple[str, ...] = ()
-    candidate: str | None = None
-    persrm: str | None = None
-    direction: Direction | None = None
-    dpa: str | None = None
-    robust: int | None = None
-    tools: tuple[Mapping[str, Any], ...] = ()
-    opening: tuple[tuple[str, bool], ...] = ()
-
-    def as_json(self, chat: ChatModel) -> dict[str, Any]:
-        """The plan on one model, as it is recorded with a turn."""
-        tools = {"tools": list(self.tools), "opening": "".join(text for text, _ in self.opening)} if self.tools else {}
-        return tools | {
-            "method": self.method,
-            "strength": self.strength,
-            "principle": self.principle,
-            "dials": {dial.dimension: dial.as_json() for dial in self.dials},
-            "revision": self.revision,
-            "weights": {key: weight.value for key, weight in self.weights.items()},
-            "candidates": {
-                "temperature": self.sampling.temperature,
-                "top_p": self.sampling.top_p,
-                "top_k": self.sampling.top_k,
-            },
-            "candidate": self.candidate,
-            "persrm": self.persrm,
-            "direction": None if self.direction is None else self.direction.as_json(),
-            "dpa": self.dpa,
-            "robust": self.robust,
-            "model": chat.name,
-            "model_revision": chat.revision,
-            "dtype": chat.dtype,
-            "quantization": chat.spec.quantization,
-            "template_options": chat.spec.template_options,
-        }
+from prefmw.models import Detokenizer
+from prefmw.plans import Plan
 
 
 @dataclass(frozen=True)

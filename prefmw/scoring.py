@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from prefmw.decoding import Request, Sampling
 from prefmw.errors import ContextLengthError, UsageError
 from prefmw.models import ChatModel
-from prefmw.personalizer import Backend, build_request, with_principle
+from prefmw.plans import Plan
 from prefmw.preferences import Dimensions, Message
-from prefmw.reply import Plan
+from prefmw.steering import Backend, build_request, with_principle
 
 Progress = Callable[[float], None]
 """Told the share that is done."""

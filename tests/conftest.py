@@ -47,7 +47,7 @@ def chat_model(toy: Path):
 def backend(chat_model) -> Iterator:
     """That model with an engine."""
     from prefmw.decoding import Engine
-    from prefmw.personalizer import Backend
+    from prefmw.steering import Backend
 
     engine = Engine(chat_model.module, capacity=chat_model.capacity, vocabulary=chat_model.vocabulary)
     yield Backend(chat_model, engine)
@@ -60,7 +60,7 @@ def tiny() -> Iterator:
     from prefmw.decoding import Engine
     from prefmw.embedded import embedded_path
     from prefmw.models import ModelSpec, load_chat_model
-    from prefmw.personalizer import Backend
+    from prefmw.steering import Backend
 
     chat = load_chat_model(ModelSpec(name="tiny", path=embedded_path("tiny")))
     engine = Engine(chat.module, capacity=chat.capacity, vocabulary=chat.vocabulary)

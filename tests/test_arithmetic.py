@@ -21,7 +21,8 @@ from prefmw.models.dpa import DPA, load_dpa, save_dpa
 from prefmw.models.persrm import BackboneCard
 from prefmw.models.reward import RELEASED as RELEASED_REWARD
 from prefmw.models.reward import RewardCard, RewardModel, save_reward
-from prefmw.personalizer import Defaults, Options, Personalizer
+from prefmw.personalizer import Personalizer
+from prefmw.plans import Defaults, Options
 from prefmw.preferences import DPACard, Message, Stated, default_dimensions
 from prefmw.preferences.directions import RELEASED, from_angles
 from prefmw.rewards import Scorer

@@ -9,9 +9,11 @@ import pytest
 from prefmw.bootstrap import close_engines, load_backend
 from prefmw.errors import UsageError
 from prefmw.explanation import explain, explain_turn, find_turn
-from prefmw.personalizer import Defaults, Options, Personalizer, build_request
+from prefmw.personalizer import Personalizer
+from prefmw.plans import Defaults, Options
 from prefmw.preferences import Message, Source, Stated, default_dimensions
 from prefmw.settings import load_settings
+from prefmw.steering import build_request
 
 QUESTION = [Message("user", "How do I fall asleep faster?")]
 METHODS = ["prompt", "linear", "drift", "pad"]

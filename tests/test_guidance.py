@@ -17,8 +17,10 @@ from prefmw.guidance import Guidance, put_on
 from prefmw.models import ChatModel, ModelSpec, load_chat_model
 from prefmw.models.persrm import PersRM, Prefix
 from prefmw.models.token_bytes import TokenMap, token_bytes
-from prefmw.personalizer import Backend, Defaults, Options, Personalizer
+from prefmw.personalizer import Personalizer
+from prefmw.plans import Defaults, Options
 from prefmw.preferences import Message, default_dimensions
+from prefmw.steering import Backend
 from tests.toymodels import random_persrm, save_chat_model
 
 QUESTION = [Message("user", "How do I fall asleep faster?")]

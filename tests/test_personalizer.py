@@ -6,7 +6,8 @@ import pytest
 
 from prefmw.alignment import combine_linear
 from prefmw.errors import ContextLengthError, EngineError, StoreError, UnknownUserError, UsageError
-from prefmw.personalizer import Defaults, Options, Personalizer
+from prefmw.personalizer import Personalizer
+from prefmw.plans import Defaults, Options
 from prefmw.preferences import Message, Source, Stated, default_dimensions
 
 QUESTION = [Message("user", "How do I fall asleep faster?")]
@@ -211,7 +212,7 @@ def test_more_weights_than_act_at_once_are_named(make, bob_likes):
 def test_a_template_s_own_system_prompt_is_kept_beside_the_principle(people, tmp_path):
     from prefmw.decoding import Engine
     from prefmw.models import ModelSpec, load_chat_model
-    from prefmw.personalizer import Backend, with_principle
+    from prefmw.steering import Backend, with_principle
     from tests.toymodels import save_chat_model
 
     chat = load_chat_model(ModelSpec(str(save_chat_model(tmp_path / "qwen", "qwen"))))
@@ -350,7 +351,7 @@ def test_a_reader_that_leaves_keeps_the_partial_reply_marked_interrupted(make, p
 
 
 def test_an_engine_that_fails_in_mid_reply_leaves_a_turn_that_says_so(make, people, monkeypatch):
-    from prefmw import personalizer as module
+    from prefmw import steering as module
 
     steps = []
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from prefmw.errors import UsageError
-from prefmw.personalizer import with_principle
 from prefmw.preferences import Message, default_dimensions
 from prefmw.scoring import Exchange, Scale, attribute_scores, reply_tokens, scored_dimensions
+from prefmw.steering import with_principle
 
 QUESTION = [Message("user", "How do I fall asleep faster?")]
 STYLES = ("verbosity", "complexity", "humor", "creativity", "friendliness", "formality")

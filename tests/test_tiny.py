@@ -14,7 +14,8 @@ from prefmw.evaluation.content import read_content, repeats
 from prefmw.evaluation.held_out import held_out_items
 from prefmw.evaluation.steer import Condition, answer_items
 from prefmw.models import ModelSpec, load_chat_model
-from prefmw.personalizer import Defaults, Options, Personalizer
+from prefmw.personalizer import Personalizer
+from prefmw.plans import Defaults, Options
 from prefmw.preferences import Message, default_dimensions
 from prefmw.training.sft import load_recipe
 from prefmw.training.styles import load_talk

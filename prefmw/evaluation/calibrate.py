@@ -31,10 +31,10 @@ from prefmw.decoding import Request
 from prefmw.evaluation.content import repeats
 from prefmw.evaluation.held_out import profile_of
 from prefmw.evaluation.steer import MAX_TOKENS, Condition, request_of, said_to
-from prefmw.personalizer import Backend
 from prefmw.preferences import Dimension, Dimensions, Message
 from prefmw.preferences.calibration import Calibration, Tuned
 from prefmw.scoring import Exchange, attribute_scores, scored_dimensions
+from prefmw.steering import Backend
 from prefmw.training.unfinished import Unfinished
 
 HALF = 0.5

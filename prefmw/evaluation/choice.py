@@ -39,9 +39,9 @@ from prefmw.evaluation.held_out import profile_of
 from prefmw.evaluation.runs import Run
 from prefmw.evaluation.statistics import cluster_interval
 from prefmw.evaluation.steer import Condition, conditions, request_of, said_to
-from prefmw.personalizer import Backend
 from prefmw.preferences import Dimensions, Message, Profile
 from prefmw.scoring import Exchange, reply_tokens
+from prefmw.steering import Backend
 from prefmw.training.composer import Composer
 from prefmw.training.rows import read_rows
 from prefmw.training.styles import AXES, Split, load_styles, pole_name

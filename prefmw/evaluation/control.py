@@ -29,10 +29,11 @@ from prefmw.evaluation.held_out import profile_of
 from prefmw.evaluation.runs import Run
 from prefmw.evaluation.statistics import RESAMPLES, cluster_interval
 from prefmw.evaluation.steer import MAX_TOKENS, TOP_P
-from prefmw.personalizer import Backend, build_request, make_plan
+from prefmw.plans import make_plan
 from prefmw.preferences import Dimensions, Direction, Message
 from prefmw.preferences.directions import DPACard, Vector, angles_of, from_angles, project, spread_directions
 from prefmw.rewards import Scorer
+from prefmw.steering import Backend, build_request
 from prefmw.training.composed_scores import ATTRIBUTES, oracle_scores
 from prefmw.training.styles import Split
 from prefmw.training.topics import Topic, load_topics

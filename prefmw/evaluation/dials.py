@@ -17,8 +17,8 @@ from prefmw.evaluation.oracles import followed, measure
 from prefmw.evaluation.runs import Run
 from prefmw.evaluation.statistics import cluster_interval
 from prefmw.evaluation.steer import Condition, replies_to
-from prefmw.personalizer import Backend
 from prefmw.preferences import Dimensions, Message
+from prefmw.steering import Backend
 from prefmw.training.styles import AXES, Split
 from prefmw.training.topics import Topic, load_topics
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from prefmw.errors import UsageError
 from prefmw.evaluation.held_out import Item
 from prefmw.evaluation.oracles import measure
-from prefmw.personalizer import Backend
 from prefmw.preferences import Message
+from prefmw.steering import Backend
 
 SYSTEM = (
     "You compare two answers to a question for the person who asked it. Judge only how well each answer suits that "

@@ -23,10 +23,10 @@ from prefmw.decoding import Sampling
 from prefmw.evaluation.held_out import profile_of
 from prefmw.evaluation.oracles import measure
 from prefmw.evaluation.statistics import cluster_interval
-from prefmw.personalizer import Backend
 from prefmw.preferences import Dimensions, Message
 from prefmw.preferences.learning import bradley_terry, information
 from prefmw.scoring import Exchange, Scale, attribute_scores, spoken
+from prefmw.steering import Backend
 from prefmw.training.styles import AXES, Split
 from prefmw.training.topics import load_topics
 

@@ -13,9 +13,9 @@ import torch
 from prefmw.errors import ModelError, ModelNotFoundError, UsageError
 from prefmw.evaluation.held_out import Item
 from prefmw.evaluation.second_opinion import SecondOpinion
-from prefmw.personalizer import Backend
 from prefmw.preferences import Dimensions, Message
 from prefmw.scoring import Exchange, attribute_scores, scored_dimensions
+from prefmw.steering import Backend
 
 BATCH = 16
 """Replies that a reward model reads at once."""

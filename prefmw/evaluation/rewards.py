@@ -21,8 +21,8 @@ from prefmw.evaluation.reward_models import Reward, Said
 from prefmw.evaluation.runs import Run
 from prefmw.evaluation.statistics import cluster_interval
 from prefmw.evaluation.steer import Condition, replies_to
-from prefmw.personalizer import Backend
 from prefmw.preferences import Dimensions, Message, Profile, principle_text
+from prefmw.steering import Backend
 from prefmw.training.rows import read_rows
 from prefmw.training.styles import Split
 

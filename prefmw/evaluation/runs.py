@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from prefmw._version import __version__
 from prefmw.errors import UsageError
-from prefmw.personalizer import Backend
 from prefmw.preferences import Dimensions
+from prefmw.steering import Backend
 
 FORMAT = 1
 """Of a run's folder; another one is refused."""

@@ -35,7 +35,7 @@ from prefmw.evaluation.oracles import followed, measure
 from prefmw.evaluation.runs import Run
 from prefmw.evaluation.second_opinion import SecondOpinion
 from prefmw.evaluation.statistics import cluster_interval
-from prefmw.personalizer import Backend, Defaults, build_request, candidate_rule, make_plan
+from prefmw.plans import Defaults, Plan, candidate_rule, make_plan
 from prefmw.preferences import (
     BEST_OF_K,
     GREEDY,
@@ -50,7 +50,7 @@ from prefmw.preferences import (
     check_strength,
     principle_text,
 )
-from prefmw.reply import Plan
+from prefmw.steering import Backend, build_request
 from prefmw.training.styles import AXES, Split
 
 MAX_TOKENS = 320

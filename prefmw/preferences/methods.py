@@ -12,7 +12,7 @@ from typing import Any
 from prefmw.errors import UsageError, nearest
 
 AUTO = "auto"
-"""Let the profile decide: see :func:`prefmw.personalizer.choose_method`."""
+"""Let the profile decide: see :func:`prefmw.plans.choose_method`."""
 
 
 @dataclass(frozen=True)

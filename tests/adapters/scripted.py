@@ -16,8 +16,8 @@ from typing import Any
 from prefmw import bootstrap
 from prefmw.bootstrap import load_backend
 from prefmw.decoding import Generation, Request
-from prefmw.personalizer import Backend
 from prefmw.settings import load_settings
+from prefmw.steering import Backend
 
 Script = Callable[[str], str]
 """From the prompt's text to the reply's."""

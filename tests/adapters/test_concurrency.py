@@ -11,7 +11,7 @@ import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import HumanMessage
 
-from prefmw import personalizer
+from prefmw import steering
 from prefmw.adapters import awaiting
 from prefmw.adapters.langchain import ChatPrefMW, _begun
 from prefmw.alignment import combine_plain
@@ -35,7 +35,7 @@ class Watched:
         self.most = 0
         self.breaks = False
         for name in ("combine_linear", "combine_plain"):
-            monkeypatch.setattr(personalizer, name, partial(self._combine, getattr(personalizer, name)))
+            monkeypatch.setattr(steering, name, partial(self._combine, getattr(steering, name)))
 
     def _combine(self, combiner, views, parameters):
         if self.breaks:

@@ -114,8 +114,8 @@ def test_control_characters_are_shown_and_break_no_picture():
     from prefmw.cli.why_picture import picture
     from prefmw.decoding import Sampling
     from prefmw.explanation import Explanation, Likelihood, Step
+    from prefmw.plans import Plan
     from prefmw.preferences import Profile
-    from prefmw.reply import Plan
 
     said = Likelihood(1, " a\x1b[2J<b>\x00\n", False, -0.1, -9.0)
     plan = Plan("linear", 2.0, "", 1, {}, Sampling(0.7, 0.8, None, 1, 0))

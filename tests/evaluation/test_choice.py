@@ -147,7 +147,7 @@ def test_likelihood_chooses_the_answer_of_the_highest_mean(tiny, shipped):
     """Against whole forwards, answer by answer."""
     from prefmw.evaluation.choice import _chosen
     from prefmw.evaluation.held_out import profile_of
-    from prefmw.personalizer import with_principle
+    from prefmw.steering import with_principle
 
     drawn = draw(shipped[:4], 1)
     chosen = _chosen(drawn, Condition("prompt", None, 0.0), "likelihood", tiny, default_dimensions(), lambda n: None)
