@@ -185,7 +185,7 @@ def chat(
                 method, strength, temperature, top_p, top_k, max_tokens, seed, candidate=candidate, robust=robust
             )
             personalizer = build_personalizer(settings, store)
-            personalizer.plan(profile, options)  # a wrong flag is told before the weights load
+            plan = personalizer.plan(profile, options)  # a wrong flag is told before the weights load
             earlier = None
             if continue_ or conversation:
                 earlier = store.conversation(settings.user, conversation or "latest")
@@ -208,6 +208,9 @@ def chat(
 
             converse(session, chat_model)
             return
+        for flag, given, reader in (("--persrm", persrm, "pad"), ("--dpa", dpa, "dpa")):
+            if given is not None and plan.method != reader:
+                say(f"note: {flag} has no effect: it is {reader.upper()}'s, and the method is '{plan.method}'")
         _answer(session, question, json)
     finally:
         store.close()

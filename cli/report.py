@@ -63,6 +63,8 @@ def report(
     except OSError as error:
         raise UsageError(f"'{path}' cannot be written: {error.strerror}") from error
     say(f"{path}: {len(found)} {'run' if len(found) == 1 else 'runs'}")
+    if path.suffix == ".md" and (left := unfilled(text, found)):
+        say(f"left as they were, since {folder} holds no run by that name: {', '.join(left)}")
 
 
 def find_runs(folder: Path) -> list[Found]:
@@ -114,6 +116,12 @@ def filled(document: str, found: Sequence[Found]) -> str:
         return f"{place[1]}{_markdown(tables[which])}\n{_asked(runs[name])}\n{place[5]}"
 
     return MARKS.sub(put, document)
+
+
+def unfilled(document: str, found: Sequence[Found]) -> list[str]:
+    """The names of the marked places that no run is for, each once, in their order."""
+    known = {one.folder.name for one in found}
+    return list(dict.fromkeys(place[2] for place in MARKS.finditer(document) if place[2] not in known))
 
 
 def _document(path: Path) -> str:

@@ -84,7 +84,9 @@ def test_tables_are_put_in_a_document(prefmw, runs, tmp_path):
     document.write_text(
         "# Results\n\n<!-- table steer -->\nold\n<!-- end -->\n\n<!-- table later -->\nstays\n<!-- end -->\n"
     )
-    assert prefmw("eval", "report", str(runs), "--out", str(document))[0] == 0
+    code, _, err = prefmw("eval", "report", str(runs), "--out", str(document))
+    assert code == 0
+    assert err.endswith("by that name: later\n")
     text = document.read_text()
     assert "| method | verbosity | complexity |" in text
     assert "old" not in text
