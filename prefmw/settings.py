@@ -146,16 +146,16 @@ class Settings(BaseSettings):
     strength: dict[str, float] = Field(default_factory=dict)
     """Strength by method, for users who chose none: {linear = 3.0} say (PREFMW_STRENGTH__LINEAR)."""
 
-    temperature: float = 0.7
+    temperature: float = Field(default=0.7, ge=0)
     """Sampling temperature; 0 is greedy."""
 
-    top_p: float = 0.8
+    top_p: float = Field(default=0.8, gt=0, le=1)
     """Nucleus of the candidate rule (Linear Alignment's released code: 0.8)."""
 
-    top_k: int | None = None
+    top_k: int | None = Field(default=None, ge=1)
     """Most candidates a token is drawn from; no bound by default."""
 
-    max_tokens: int = 512
+    max_tokens: int = Field(default=512, ge=1)
     """Tokens of a reply, at most."""
 
     max_dials: int = Field(default=7, ge=1)
