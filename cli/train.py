@@ -94,6 +94,7 @@ def persrm(
     _check_extra()
     from prefmw.embedded import find_embedded
     from prefmw.training.persrm import PersRMRecipe, load_persrm_recipe, train_persrm
+    from prefmw.training.runs import processes
 
     if recipe is None and (backbone is None or not data):
         raise UsageError("name a chat model with --backbone and pairs with --data, or a recipe with --recipe")
@@ -124,6 +125,8 @@ def persrm(
     if chosen.corpus is None and not data:
         raise UsageError("this recipe names no corpus; name pairs with --data")
     folder, metrics = train_persrm(chosen, out, data=data or [], backbone_path=find_embedded(chosen.backbone))
+    if not processes().is_main_process:  # one of them tells
+        return
     if json:
         print_json({"persrm": str(folder), **metrics})
         return
@@ -268,6 +271,7 @@ def dpa(
     from prefmw.training.dpa import train_dpa
     from prefmw.training.dpa_recipe import DPARecipe, load_dpa_recipe
     from prefmw.training.drawing import check_sampler
+    from prefmw.training.runs import processes
 
     check_sampler(sampler)
     if recipe is None and (backbone is None or reward is None or not data):
@@ -327,6 +331,8 @@ def dpa(
         )
     finally:
         close_engines()
+    if not processes().is_main_process:
+        return
     if json:
         print_json({"dpa": str(folder), **metrics})
         return

@@ -19,7 +19,7 @@ from prefmw.errors import TrainingError, UsageError
 from prefmw.models import ChatModel
 from prefmw.preferences import Message
 from prefmw.training.dpa_recipe import Fit
-from prefmw.training.runs import LikeLengths, check_finite, go_on, head_on_replies_alone, usual_arguments
+from prefmw.training.runs import LikeLengths, check_finite, go_on, head_on_replies_alone, processes, usual_arguments
 
 IGNORED = -100
 """The label of a token that is not learned."""
@@ -67,13 +67,12 @@ def fit_lessons(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries' own imports
-        from accelerate import PartialState
         from datasets import Dataset, disable_progress_bars
         from peft import LoraConfig
         from trl import SFTConfig, SFTTrainer
 
     disable_progress_bars()
-    accumulated = max(1, round(fit.batch / (fit.per_device * PartialState().num_processes)))
+    accumulated = max(1, round(fit.batch / (fit.per_device * processes().num_processes)))
     lengths = [len(ids) for ids in columns["input_ids"]]
     rows = sum(lengths) // fit.max_tokens + 1 if fit.packing else len(lengths)
     steps = max(1, rows // fit.batch) * fit.epochs

@@ -42,7 +42,7 @@ from prefmw.training.dpa_prompts import Prompt, read_prompts, reward_ranges, rew
 from prefmw.training.dpa_recipe import DPARecipe
 from prefmw.training.drawing import Ask, LoadScorer, Policy, opened_policy
 from prefmw.training.front import front_of, plain_point, plot_fronts
-from prefmw.training.runs import bars, claim, fastest_dtype, keep_freed_memory, lora_of
+from prefmw.training.runs import bars, claim, device_of, fastest_dtype, keep_freed_memory, lora_of, processes
 from prefmw.training.shards import Drawing, Reply, draw_shards, read_shards
 
 _log = logging.getLogger(__name__)
@@ -78,14 +78,12 @@ def train_dpa(
         ModelError: the backbone cannot be loaded, or the reward model does not fit it.
         TrainingError: the loss is not a number.
     """
-    from accelerate import PartialState
-
     keep_freed_memory()
-    state = PartialState()
+    state = processes()
     prompts, held_out = read_prompts(recipe, data)
     with state.main_process_first():
         claim(out, "run.json", _identity(recipe, prompts, held_out), "a run of another recipe or of other data")
-    run = _Run(recipe, out, prompts, held_out, load_scorer, backbone_path, sampler, str(state.device), state)
+    run = _Run(recipe, out, prompts, held_out, load_scorer, backbone_path, sampler, device_of(state), state)
     with bars(progress and state.is_main_process) as bar:
         targets = run.annotate(bar)
     logs = []

@@ -19,7 +19,7 @@ from torch import Tensor
 from prefmw.errors import TrainingError
 from prefmw.models import ChatModel
 from prefmw.training.pair_reading import EncodedPair
-from prefmw.training.runs import LikeLengths, check_finite, go_on, head_on_replies_alone, usual_arguments
+from prefmw.training.runs import LikeLengths, check_finite, go_on, head_on_replies_alone, processes, usual_arguments
 
 
 def train_lora(
@@ -52,13 +52,12 @@ def train_lora(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries' own imports
-        from accelerate import PartialState
         from datasets import Dataset, disable_progress_bars
         from peft import LoraConfig
         from trl import DPOConfig, DPOTrainer
 
     disable_progress_bars()
-    devices = PartialState().num_processes
+    devices = processes().num_processes
     accumulated = max(1, round(batch / (per_device * devices)))
 
     class Stage1(DPOTrainer):  # type: ignore[misc]

@@ -29,7 +29,7 @@ from prefmw.models.persrm import BackboneCard, Card, PersRM, Prefix, load_persrm
 from prefmw.training.composed_pairs import composed_pairs
 from prefmw.training.pair_reading import EncodedPair, encode_pairs, pair_log_probabilities
 from prefmw.training.pairs import Pair, read_pairs
-from prefmw.training.runs import bars, claim, fastest_dtype, keep_freed_memory, lora_of
+from prefmw.training.runs import bars, claim, device_of, fastest_dtype, keep_freed_memory, lora_of, processes
 
 _log = logging.getLogger(__name__)
 
@@ -154,21 +154,15 @@ def train_persrm(
         ModelError: the backbone cannot be loaded.
         TrainingError: the loss is not a number.
     """
-    from accelerate import PartialState
-
     from prefmw.training.dpo import train_lora
     from prefmw.training.preference_head import train_head
 
     keep_freed_memory()
-    state = PartialState()
+    state = processes()
     pairs, left_out = _pairs(recipe, data)
     with state.main_process_first():
         claim(out, "run.json", _identity(recipe, pairs), "a run of another recipe or of other data")
-    chat = load_chat_model(
-        ModelSpec(
-            recipe.backbone, path=backbone_path, device=str(state.device) if state.device.type != "cpu" else "cpu"
-        )
-    )
+    chat = load_chat_model(ModelSpec(recipe.backbone, path=backbone_path, device=device_of(state)))
     chat.module.requires_grad_(False)
     progress = progress and state.is_main_process
     with bars(progress) as bar:

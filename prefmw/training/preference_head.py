@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefmw.training.pair_reading import EncodedPair, log_probabilities, reply_states
-from prefmw.training.runs import Bar, check_finite, last_whole_checkpoint
+from prefmw.training.runs import Bar, check_finite, last_whole_checkpoint, processes
 
 
 class States:
@@ -202,7 +201,7 @@ class _Best(TrainerCallback):  # type: ignore[misc]
         accuracy, loss = self._judge(weight)
         self.seen.append({"epoch": epoch, "accuracy": accuracy, "loss": loss, "size": float(weight.norm())})
         self._weights.append(weight)
-        if not PartialState().is_main_process:  # all processes have the same W
+        if not processes().is_main_process:  # all processes have the same W
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(self._weights, self._file.with_suffix(".pt"))

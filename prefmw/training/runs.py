@@ -41,6 +41,20 @@ def claim(out: Path, name: str, about: Mapping[str, Any], other: str) -> None:
     unfinished.claim(out / name, about, other)
 
 
+def processes() -> Any:
+    """The processes that train together, accelerate's ``PartialState``: those of ``accelerate launch`` or ``torchrun``,
+    or this one alone. Where there is no GPU it has to be told, or everyone would take itself for the only one.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def device_of(state: Any) -> str:
+    """The device of this process, as models are loaded to it."""
+    return "cpu" if state.device.type == "cpu" else str(state.device)
+
+
 def fastest_dtype() -> torch.dtype:
     """bfloat16 where its products are the faster ones, by measurement: a CPU without such instructions emulates them,
     at a tenth of float32's speed.

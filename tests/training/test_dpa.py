@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -102,19 +104,74 @@ def test_halves_take_turns_and_every_reply_is_on_disk(finished):
     assert len(set(texts)) > len(texts) / 2
 
 
-def test_original_replies_may_be_the_best(toy, tmp_path):
-    """Under directions to brevity the shortest reply is learned, and of a toy's babble it is the original one."""
+def test_original_replies_may_be_the_best(toy, tmp_path, monkeypatch):
+    """All are scored once, and learned where they have the greatest v . r beside what is drawn."""
+    from prefmw.training import dpa
+
+    learned = []
+    encode = dpa.encode_lessons
+    monkeypatch.setattr(dpa, "encode_lessons", lambda lessons, *rest: learned.append(lessons) or encode(lessons, *rest))
     draws = Draws(first=2, directions=2, replies=1, max_tokens=40, shard=4, originals=True)
     fit = Fit(rank=2, learning_rate=1e-3, epochs=1, batch=8, per_device=8, packing=False, max_tokens=256)
-    made = recipe(toy, iterations=1, draws=draws, fit=fit)
+    made = recipe(toy, iterations=2, replay=0.0, draws=draws, fit=fit)
     train_dpa(made, tmp_path / "run", load_scorer=scorer, data=[data(tmp_path, 12)], progress=False)
-    for drawing in read_shards(tmp_path / "run" / "iteration-1" / "samples"):
-        assert [reply.text for reply in drawing.replies[2:]] == [
-            "Keep the room dark.",
-            "Put the phone away an hour before bed, and keep the room dark and cool.",
-        ]
-        assert all(reply.asked == () and reply.ended for reply in drawing.replies[2:])
-        assert drawing.replies[2].rewards[1] == 4.0 * 4
+    originals = {drawing.prompt: drawing.replies for drawing in read_shards(tmp_path / "run" / "annotated")}
+    assert sorted(originals) == list(range(11))  # one is held out
+    assert len(learned[0]) == 2 * 6  # iteration 0 learns those of its half
+    card, count = made.card(), 0
+    for iteration in (1, 2):
+        drawn = list(read_shards(tmp_path / "run" / f"iteration-{iteration}" / "samples"))
+        assert all(reply.asked for drawing in drawn for reply in drawing.replies)
+        for lesson in learned[iteration]:
+            count += any(lesson.reply == reply.text for reply in originals[0])
+    wanted = [
+        replace(drawing, replies=drawing.replies + originals[drawing.prompt]).best(drawing.direction, card).text
+        for drawing in drawn
+    ]
+    assert [lesson.reply for lesson in learned[2]] == wanted
+    assert count > 0
+
+
+def test_two_processes_share_the_work(toy, tmp_path):
+    """As under ``accelerate launch``: each draws its share of the lots, and they fit one model together."""
+    script = tmp_path / "share.py"
+    script.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from tests.training.test_dpa import Draws, Fit, data, recipe, scorer, train_dpa\n"
+        "here, toy = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "def counting(chat, engine):\n"
+        "    made = scorer(chat, engine)\n"
+        "    def read(texts):\n"
+        "        with open(here / ('rank-' + os.environ['RANK']), 'a') as file:\n"
+        "            print(len(texts), file=file)\n"
+        "        return scorer_read(texts)\n"
+        "    scorer_read = made.read\n"
+        "    return type(made)(made.card, made.revision, made.chat, read)\n"
+        "fit = Fit(rank=2, learning_rate=1e-3, epochs=1, batch=8, per_device=4, packing=False, max_tokens=256)\n"
+        "draws = Draws(first=2, directions=2, replies=1, max_tokens=20, shard=2)\n"
+        "made = recipe(toy, iterations=1, draws=draws, fit=fit)\n"
+        "train_dpa(made, here / 'run', load_scorer=counting, data=[here / 'prompts.jsonl'], progress=False)\n"
+    )
+    data(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path), str(toy)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    scored = [sum(map(int, (tmp_path / f"rank-{rank}").read_text().split())) for rank in (0, 1)]
+    half = (PROMPTS - 2) // 2
+    drawn, shown = half * 2 + half * 2, (5 + 3 + 1) * 2  # annotated and drawn; the fronts, which the first one draws
+    assert sum(scored) == drawn + shown
+    assert scored[1] >= drawn // 3
+    assert [drawing.prompt for drawing in read_shards(tmp_path / "run" / "iteration-1" / "samples")] == [
+        *range(1, PROMPTS - 2, 2)
+    ]
+    assert load_dpa(tmp_path / "run" / "dpa").card.training["iteration"] == 1
 
 
 def test_a_share_of_the_lessons_is_replayed(finished):
