@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -43,6 +43,8 @@ class Session:
     """The reply that the history ends with, as the model said it; ``None`` where that was before this session."""
     turn_id: int | None = None
     """The turn that the history's last reply was recorded as, where it was."""
+    checkpoints: tuple[tuple[str, str], ...] = ()
+    """Checkpoints that were named: by which flag, and the method that reads them."""
 
     def ask(self, prompt: str, *, show: bool = True, replaces: int | None = None) -> Reply:
         """Answer one message, streaming it to stdout if it is to be shown, and remember the exchange."""
@@ -71,7 +73,7 @@ class Session:
                 print(file=sys.stderr)  # what is said next begins a line
             raise
         finally:
-            self.latest = reply = stream.reply
+            self.latest = reply = self._noted(stream.reply)
             if reply.text:
                 self.history += [asked, Message("assistant", reply.text)]
                 self.turn_id, self.last = reply.turn_id, reply
@@ -81,6 +83,16 @@ class Session:
         for notice in reply.notices:
             say(f"note: {notice}")
         return reply
+
+    def _noted(self, reply: Reply) -> Reply:
+        """The reply with a notice of each checkpoint that was named for it and not read."""
+        method = reply.plan.method
+        notices = [
+            f"{flag} has no effect: it is {reader.upper()}'s, and the method is '{method}'"
+            for flag, reader in self.checkpoints
+            if reader != method
+        ]
+        return replace(reply, notices=(*reply.notices, *notices))
 
     def context(self, history: Sequence[Message]) -> list[Message]:
         """The system prompt, where there is one, in front of ``history``."""
@@ -185,7 +197,7 @@ def chat(
                 method, strength, temperature, top_p, top_k, max_tokens, seed, candidate=candidate, robust=robust
             )
             personalizer = build_personalizer(settings, store)
-            plan = personalizer.plan(profile, options)  # a wrong flag is told before the weights load
+            personalizer.plan(profile, options)  # a wrong flag is told before the weights load
             earlier = None
             if continue_ or conversation:
                 earlier = store.conversation(settings.user, conversation or "latest")
@@ -202,15 +214,13 @@ def chat(
             log=settings.log,
             settings=settings,
             streams=not no_stream,
+            checkpoints=tuple((f"--{name}", of) for name, of in (("persrm", "pad"), ("dpa", "dpa")) if flags[name]),
         )
         if question is None:
             from prefmw.cli.repl import converse
 
             converse(session, chat_model)
             return
-        for flag, given, reader in (("--persrm", persrm, "pad"), ("--dpa", dpa, "dpa")):
-            if given is not None and plan.method != reader:
-                say(f"note: {flag} has no effect: it is {reader.upper()}'s, and the method is '{plan.method}'")
         _answer(session, question, json)
     finally:
         store.close()

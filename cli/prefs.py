@@ -95,7 +95,7 @@ def infer(
 ) -> None:
     """Infer weights from words, and show the anchors they resemble. TEXT is only read; --user's weights are stored."""
     from prefmw.bootstrap import load_inferer
-    from prefmw.learning import store_inference
+    from prefmw.hearing import store_inference
     from prefmw.settings import load_settings
 
     if (text is None) == (user is None):

@@ -64,7 +64,7 @@ def report(
         raise UsageError(f"'{path}' cannot be written: {error.strerror}") from error
     say(f"{path}: {len(found)} {'run' if len(found) == 1 else 'runs'}")
     if path.suffix == ".md" and (left := unfilled(text, found)):
-        say(f"left as they were, since {folder} holds no run by that name: {', '.join(left)}")
+        say(f"{folder} holds no run for these places, which stay as they were: {', '.join(left)}")
 
 
 def find_runs(folder: Path) -> list[Found]:

@@ -174,6 +174,7 @@ def reward(
     _check_extra()
     from prefmw.embedded import find_embedded
     from prefmw.training.reward import RewardRecipe, load_reward_recipe, train_reward
+    from prefmw.training.runs import processes
 
     if recipe is None and (backbone is None or not data):
         raise UsageError("name a chat model with --backbone and scored replies with --data, or a recipe with --recipe")
@@ -202,6 +203,8 @@ def reward(
     folder, metrics = train_reward(
         chosen, out, data=data or [], backbone_path=find_embedded(chosen.backbone), merge=merge
     )
+    if not processes().is_main_process:
+        return
     if json:
         print_json({"reward": str(folder), **metrics})
         return

@@ -17,7 +17,7 @@ from prefmw.arithmetic import Arithmetic
 from prefmw.decoding import Sampling
 from prefmw.errors import ConflictError, MissingExtraError, StoreError, UnknownUserError, UsageError
 from prefmw.guidance import Guidance
-from prefmw.learning import infer_persona, learn_from
+from prefmw.hearing import infer_persona, learn_from
 from prefmw.models import ChatModel, Detokenizer
 from prefmw.plans import (
     MAX_ROBUST,

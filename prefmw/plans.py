@@ -219,7 +219,7 @@ def candidate_rule(sampling: Sampling, candidate: str | None, top_p: float | Non
 
 
 def no_effect(plan: Plan, options: Options, user_id: str) -> list[str]:
-    """What was asked for and has no effect."""
+    """What there is to tell: options that have no effect, weights that are left out, a reply that is plain."""
     told = []
     if plan.method == "drift":
         if not plan.dials:

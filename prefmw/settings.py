@@ -137,7 +137,7 @@ class Settings(BaseSettings):
     """The reward model that chooses among replies: a folder, a hub id, or an embedded one's name; by default the one
     that the DPA checkpoint's card names."""
 
-    robust: int | None = Field(default=None, ge=1)
+    robust: int | None = Field(default=None, ge=1, le=64)
     """Replies that dpa keeps the best of, each asked for with a direction near the user's; one reply by default."""
 
     candidate: str | None = None
@@ -146,10 +146,10 @@ class Settings(BaseSettings):
     strength: dict[str, float] = Field(default_factory=dict)
     """Strength by method, for users who chose none: {linear = 3.0} say (PREFMW_STRENGTH__LINEAR)."""
 
-    temperature: float = Field(default=0.7, ge=0)
-    """Sampling temperature; 0 is greedy."""
+    temperature: float = Field(default=0.7, ge=0, le=100)
+    """Sampling temperature; 0 is greedy, else from 0.01."""
 
-    top_p: float = Field(default=0.8, gt=0, le=1)
+    top_p: float = Field(default=0.8, ge=1e-6, le=1)
     """Nucleus of the candidate rule (Linear Alignment's released code: 0.8)."""
 
     top_k: int | None = Field(default=None, ge=1)
@@ -161,7 +161,7 @@ class Settings(BaseSettings):
     max_dials: int = Field(default=7, ge=1)
     """Weights that act at once under drift, at most, the strongest first: each is one more row of the forward pass."""
 
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Seed of the sampling; a fresh one is drawn, and told, for every reply where none is set."""
 
     @property
@@ -194,6 +194,13 @@ class Settings(BaseSettings):
             return check_candidate(name) if info.field_name == "candidate" else check_method(name or "")
         except UsageError as error:
             raise ValueError(str(error)) from error
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy_or_not(cls, temperature: float) -> float:
+        if 0 < temperature < 0.01:
+            raise ValueError("a temperature is 0, which is greedy, or at least 0.01")
+        return temperature
 
     @field_validator("strength")
     @classmethod

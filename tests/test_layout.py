@@ -37,6 +37,11 @@ def test_every_python_file_lies_in_a_package():
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
+def test_trainings_ask_for_their_processes_in_one_place():
+    asking = [file.name for file in ROOT.glob("prefmw/**/*.py") if "PartialState(" in file.read_text()]
+    assert asking == ["runs.py"]  # which tells accelerate of processes on CPUs
+
+
 @pytest.mark.parametrize("room", OUTER)
 def test_link_lets_tools_that_read_the_tree_find_the_room(room: str):
     link = ROOT / "prefmw" / room
@@ -106,7 +111,7 @@ ARROWS = {
     "prefmw.at_hand": ("prefmw.embedded",),
     "prefmw.plans": ("prefmw.preferences", "prefmw.decoding", "prefmw.models"),
     "prefmw.reply": ("prefmw.plans", "prefmw.decoding", "prefmw.models"),
-    "prefmw.learning": ("prefmw.preferences",),
+    "prefmw.hearing": ("prefmw.preferences",),
     "prefmw.steering": (
         "prefmw.preferences",
         "prefmw.plans",
@@ -119,7 +124,7 @@ ARROWS = {
     "prefmw.personalizer": (
         "prefmw.preferences",
         "prefmw.plans",
-        "prefmw.learning",
+        "prefmw.hearing",
         "prefmw.steering",
         "prefmw.reply",
         "prefmw.decoding",

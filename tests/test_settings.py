@@ -107,8 +107,8 @@ def test_entries_of_tables_from_the_environment_have_types(monkeypatch):
         ("[strength]\nlinear = 30.0", r"\[0, 10\]"),
         ("max_tokens = 'many'", "PREFMW_MAX_TOKENS"),
         ("max_tokens = -4", "greater than or equal to 1"),
-        ("top_p = 0", "greater than 0"),
-        ("temperature = nan", "greater than or equal to 0"),
+        ("top_k = 0", "greater than or equal to 1"),
+        ("robust = 65", "less than or equal to 64"),
         ("max_tokens = [", "not valid TOML"),
         ("\udcff", "not valid TOML"),
     ],
@@ -127,3 +127,39 @@ def test_a_wrong_environment_variable_is_told(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match="PREFMW_"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", (0, 0.005, 0.01, 100, 101, float("nan"), float("inf"), -1)),
+        ("top_p", (0, 1e-7, 1e-6, 1, 1.5)),
+        ("top_k", (0, 1)),
+        ("max_tokens", (0, 1)),
+        ("seed", (-1, 0, 2**63 - 1, 2**63)),
+    ],
+)
+def test_sampling_is_bounded_as_a_call_bounds_it(name, values):
+    from prefmw.decoding import Sampling
+    from prefmw.errors import UsageError
+
+    known = {"temperature": 0.7, "top_p": 0.8, "top_k": None, "max_tokens": 8, "seed": 0}
+    for value in values:
+        refused = []
+        for make in (
+            lambda value=value: load_settings({name: value}),
+            lambda value=value: Sampling(**{**known, name: value}),
+        ):
+            try:
+                make()
+            except (SettingsError, UsageError):
+                refused.append(make)
+        assert len(refused) in (0, 2), value
+
+
+def test_robust_is_bounded_as_a_call_bounds_it():
+    from prefmw.plans import MAX_ROBUST
+
+    assert load_settings({"robust": MAX_ROBUST}).robust == MAX_ROBUST
+    with pytest.raises(SettingsError, match="64"):
+        load_settings({"robust": MAX_ROBUST + 1})

@@ -1,9 +1,10 @@
 """Directional Preference Alignment trained: prompts in, a chat model that obeys directions out.
 
 Iteration 0 is a SteerLM-style model, conditioned on rewards and trained on one half of the prompts with their original
-replies, which the reward model annotates. Iteration 1 samples from it, under diverse rewards, for the other half;
-every later one samples from the one before, under directions, the halves taking turns. Of the replies to a prompt the
-one with the greatest v . r is learned, under v, and every iteration starts from the same chat model (section 2.2, 3.1).
+replies, which the reward model annotates (those of both halves where the best reply may be an original one). Iteration
+1 samples from it, under diverse rewards, for the other half; every later one samples from the one before, under
+directions, the halves taking turns. Of the replies to a prompt the one with the greatest v . r is learned, under v, and
+every iteration starts from the same chat model (section 2.2, 3.1).
 
 A run's folder holds ``run.json`` (what is run), ``annotated/``, for every iteration ``iteration-T/`` with its samples,
 its checkpoints and the finished ``dpa/``, then ``dpa/``, that of the last one, ``metrics.json`` and ``front.png``. Kill
@@ -152,6 +153,11 @@ class _Run:
                     point = plain_point(policy, [prompt.messages for prompt in self.held_out], self.recipe)
                     (folder / "plain.json").write_text(json.dumps(point) + "\n", encoding="utf-8")
         self.state.wait_for_everyone()
+        if missing := set(numbers) - set(self.originals):
+            raise UsageError(
+                f"{folder} lacks the original replies to {len(missing)} prompts, as runs of an earlier version do; "
+                "name another folder with --out"
+            )
         return [[reply.rewards for reply in self.originals[number]] for number in half]
 
     @cached_property
@@ -312,13 +318,13 @@ class _Run:
     def _draw(
         self,
         folder: Path,
-        half: Sequence[int],
+        numbers: Sequence[int],
         make: Callable[[Sequence[int]], list[Drawing]],
         progress: Callable[[int, int], None],
     ) -> None:
         draw_shards(
             folder,
-            half,
+            numbers,
             self.recipe.draws.shard,
             make,
             progress,
@@ -326,8 +332,8 @@ class _Run:
             processes=self.state.num_processes,
         )
 
-    def _all_there(self, folder: Path, half: Sequence[int]) -> bool:
-        return len(list(folder.glob("*.jsonl"))) == -(-len(half) // self.recipe.draws.shard)
+    def _all_there(self, folder: Path, numbers: Sequence[int]) -> bool:
+        return len(list(folder.glob("*.jsonl"))) == -(-len(numbers) // self.recipe.draws.shard)
 
     def _replayed(self, iteration: int, half: Sequence[int], count: int) -> list[Lesson]:
         """Original replies under the plain prompt, so many that they are the recipe's share of all."""

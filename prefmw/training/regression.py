@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from prefmw.models import ChatModel
 from prefmw.models.reward import RewardCard
 from prefmw.training.pair_reading import head_logits
-from prefmw.training.runs import LikeLengths, check_finite, go_on, lora_of, usual_arguments
+from prefmw.training.runs import LikeLengths, check_finite, go_on, lora_of, processes, usual_arguments
 from prefmw.training.scored import Scored
 
 AT_ONCE = 8192
@@ -152,13 +152,12 @@ def train_regression(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries' own imports
-        from accelerate import PartialState
         from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     model = Regression(get_peft_model(chat.module, lora), head.to(chat.device), lm)
-    accumulated = max(1, round(batch / (per_device * PartialState().num_processes)))
+    accumulated = max(1, round(batch / (per_device * processes().num_processes)))
 
     class Fitted(Trainer):  # type: ignore[misc]
         """transformers' trainer, whose checkpoints hold what is trained and not the backbone."""

@@ -36,7 +36,7 @@ from prefmw.models.persrm import BackboneCard
 from prefmw.models.reward import OBJECTIVES, RewardCard, RewardModel, load_reward, save_reward, write_merged
 from prefmw.training.composed_scores import composed_scores
 from prefmw.training.regression import EncodedReply, encode, predict, ridge, train_regression
-from prefmw.training.runs import bars, claim, fastest_dtype, keep_freed_memory
+from prefmw.training.runs import bars, claim, device_of, fastest_dtype, keep_freed_memory, processes
 from prefmw.training.scored import Scored, read_scored
 
 _log = logging.getLogger(__name__)
@@ -138,14 +138,12 @@ def train_reward(
         ModelError: the backbone cannot be loaded, or merged.
         TrainingError: the loss is not a number.
     """
-    from accelerate import PartialState
-
     keep_freed_memory()
-    state = PartialState()
+    state = processes()
     parts, left_out = _parts(recipe, data)
     with state.main_process_first():
         claim(out, "run.json", _identity(recipe, parts), "a run of another recipe or of other data")
-    spec = ModelSpec(recipe.backbone, path=backbone_path, device=str(state.device))
+    spec = ModelSpec(recipe.backbone, path=backbone_path, device=device_of(state))
     chat = load_chat_model(spec)
     chat.module.requires_grad_(False)
     backbone = BackboneCard.of(chat)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,17 @@ def claim(out: Path, name: str, about: Mapping[str, Any], other: str) -> None:
 
 def processes() -> Any:
     """The processes that train together, accelerate's ``PartialState``: those of ``accelerate launch`` or ``torchrun``,
-    or this one alone. Where there is no GPU it has to be told, or everyone would take itself for the only one.
+    or this one alone. Trainings compute on CUDA or on the CPU; of the latter's processes accelerate counts more than
+    one only where it is told so. While one of them draws a front, the others wait for up to a day.
     """
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def device_of(state: Any) -> str:
     """The device of this process, as models are loaded to it."""
-    return "cpu" if state.device.type == "cpu" else str(state.device)
+    return "cpu" if state.device.type == "cpu" else str(state.device)  # accelerate's "cpu:0" among several
 
 
 def fastest_dtype() -> torch.dtype:

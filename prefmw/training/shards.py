@@ -1,7 +1,8 @@
 """Samples on disk, a file for every few prompts, so that a run that is killed loses a shard at most.
 
 A line of a shard is one prompt's (or one prompt's and direction's) replies: ``{"prompt", "asked", "replies": [{"text",
-"ended", "asked", "rewards"}]}``. Under ``accelerate launch`` every process draws its share of the shards.
+"ended", "asked", "rewards"}]}``. Of several processes (``accelerate launch``, ``torchrun``) each draws its share of the
+shards.
 """
 
 from __future__ import annotations

@@ -559,9 +559,10 @@ def test_a_turn_that_cannot_be_recorded_is_printed_all_the_same(prefmw, alice, t
 def test_a_checkpoint_that_the_method_does_not_read_is_noted(prefmw, ok, flag, checkpoint):
     ok("users", "add", "bob", "--persona", "likes short answers")
     asked = ["chat", "x", "-u", "bob", "--method", "prompt", flag, checkpoint, "--max-tokens", "4"]
-    code, _, err = prefmw(*asked)
-    assert code == 0
-    assert f"note: {flag} has no effect: it is {flag[2:].replace('persrm', 'pad').upper()}'s" in err
+    notice = f"{flag} has no effect: it is {'DPA' if flag == '--dpa' else 'PAD'}'s, and the method is 'prompt'"
+    code, out, err = prefmw(*asked, "--json")
+    assert (code, err) == (0, f"note: {notice}\n")
+    assert json.loads(out)["notices"] == [notice]
 
 
 def test_a_strength_for_whatever_method_applies_is_noted_where_it_has_no_effect(prefmw, ok, toy):

@@ -86,7 +86,7 @@ def test_tables_are_put_in_a_document(prefmw, runs, tmp_path):
     )
     code, _, err = prefmw("eval", "report", str(runs), "--out", str(document))
     assert code == 0
-    assert err.endswith("by that name: later\n")
+    assert err.endswith("stay as they were: later\n")
     text = document.read_text()
     assert "| method | verbosity | complexity |" in text
     assert "old" not in text

@@ -11,7 +11,7 @@ import pytest
 
 from prefmw.errors import UsageError
 from prefmw.evaluation.inference import Labelled, read_labelled, score_inference
-from prefmw.learning import infer_persona, learn_from
+from prefmw.hearing import infer_persona, learn_from
 from prefmw.preferences import Source, Stated, default_dimensions, parse_dimensions
 from prefmw.preferences.anchors import Anchor, anchor_bank
 from prefmw.preferences.inference import Inferer, units

@@ -118,22 +118,33 @@ def test_original_replies_may_be_the_best(toy, tmp_path, monkeypatch):
     originals = {drawing.prompt: drawing.replies for drawing in read_shards(tmp_path / "run" / "annotated")}
     assert sorted(originals) == list(range(11))  # one is held out
     assert len(learned[0]) == 2 * 6  # iteration 0 learns those of its half
-    card, count = made.card(), 0
+    drawn = {t: list(read_shards(tmp_path / "run" / f"iteration-{t}" / "samples")) for t in (1, 2)}
+    assert all(reply.asked for part in drawn.values() for drawing in part for reply in drawing.replies)
     for iteration in (1, 2):
-        drawn = list(read_shards(tmp_path / "run" / f"iteration-{iteration}" / "samples"))
-        assert all(reply.asked for drawing in drawn for reply in drawing.replies)
-        for lesson in learned[iteration]:
-            count += any(lesson.reply == reply.text for reply in originals[0])
-    wanted = [
-        replace(drawing, replies=drawing.replies + originals[drawing.prompt]).best(drawing.direction, card).text
-        for drawing in drawn
+        assert {lesson.reply for lesson in learned[iteration]} & {reply.text for reply in originals[0]}
+    assert [lesson.reply for lesson in learned[2]] == [
+        replace(drawing, replies=drawing.replies + originals[drawing.prompt]).best(drawing.direction, made.card()).text
+        for drawing in drawn[2]
     ]
-    assert [lesson.reply for lesson in learned[2]] == wanted
-    assert count > 0
+
+
+def test_scores_of_originals_that_an_earlier_version_left_are_refused(toy, tmp_path):
+    draws = Draws(first=2, directions=2, replies=1, max_tokens=20, shard=4, originals=True)
+    made = recipe(toy, iterations=1, draws=draws)
+    folder = tmp_path / "run"
+    there = [data(tmp_path, 12)]
+    train_dpa(replace(made, fit=replace(made.fit, epochs=0.5)), folder, load_scorer=scorer, data=there, progress=False)
+    first = folder / "annotated" / "00000.jsonl"
+    rows = first.read_text().splitlines(keepends=True)
+    first.write_text("".join(rows[::2]))  # of one half alone
+    with pytest.raises(UsageError, match="lacks the original replies to 2 prompts"):
+        train_dpa(
+            replace(made, fit=replace(made.fit, epochs=0.5)), folder, load_scorer=scorer, data=there, progress=False
+        )
 
 
 def test_two_processes_share_the_work(toy, tmp_path):
-    """As under ``accelerate launch``: each draws its share of the lots, and they fit one model together."""
+    """Each draws its share of the lots, and they fit one model together; by ``torchrun``."""
     script = tmp_path / "share.py"
     script.write_text(
         "import os, sys\n"
@@ -168,6 +179,9 @@ def test_two_processes_share_the_work(toy, tmp_path):
     drawn, shown = half * 2 + half * 2, (5 + 3 + 1) * 2  # annotated and drawn; the fronts, which the first one draws
     assert sum(scored) == drawn + shown
     assert scored[1] >= drawn // 3
+    fits = [json.loads((tmp_path / "run" / f"iteration-{t}" / "fit.json").read_text()) for t in (0, 1)]
+    for fit in fits:  # of eight lessons a step, four in either process
+        assert max(row["step"] for row in fit["log"]) == -(-fit["lessons"] // 8)
     assert [drawing.prompt for drawing in read_shards(tmp_path / "run" / "iteration-1" / "samples")] == [
         *range(1, PROMPTS - 2, 2)
     ]
