@@ -80,7 +80,7 @@ ARROWS = {
     "prefmw.preferences": (),
     "prefmw.alignment": (),
     "prefmw.decoding": ("prefmw.alignment",),
-    "prefmw.models": ("prefmw.preferences", "prefmw.at_hand"),
+    "prefmw.models": ("prefmw.preferences", "prefmw.at_hand", "prefmw.decoding.products"),
     "prefmw.training": (
         "prefmw.preferences",
         "prefmw.models",

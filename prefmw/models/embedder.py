@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prefmw.errors import MissingExtraError, ModelNotFoundError
+from prefmw.models.packing import packed
 
 DEFAULT = "all-MiniLM-L6-v2"
 """The embedder that the shipped read-out was fitted on; from a PyPI package where that is installed (extra offline)."""
@@ -29,6 +30,7 @@ class Embedder:
         self.name = name
         self._device = device
         self._model: Any = None
+        self._encoder: Any = None
         self._lock = threading.Lock()
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -44,7 +46,8 @@ class Embedder:
     @property
     def encoder(self) -> nn.Module:
         """The transformers model behind the embeddings."""
-        encoder: nn.Module = self._loaded()[0].auto_model
+        self._loaded()
+        encoder: nn.Module = self._encoder
         return encoder
 
     def tokens(self, texts: Sequence[str], longest: int) -> dict[str, Tensor]:
@@ -57,6 +60,9 @@ class Embedder:
         with self._lock:
             if self._model is None:
                 self._model = self._load()
+                self._encoder = getattr(self._model[0], "model", None)
+                if self._encoder is not None:
+                    self._model[0].model = packed(self._encoder)
             return self._model
 
     def _load(self) -> Any:

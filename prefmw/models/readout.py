@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from prefmw.errors import UsageError
 from prefmw.models.embedder import Embedder
+from prefmw.models.packing import packed
 from prefmw.preferences.anchors import Anchor
 
 LONGEST = 128
@@ -170,13 +171,15 @@ class ReadOut:
         save_file({name: tensor.contiguous() for name, tensor in self._tensors.items()}, path, metadata=about)
 
     def _built(self) -> Reader:
-        encoder = copy.deepcopy(self.embedder.encoder)
+        theirs = self.embedder.encoder
+        own = {id(layer.weight) for _, layer in linear_layers(theirs)}
+        encoder = copy.deepcopy(theirs, {id(one): one for one in theirs.parameters() if id(one) not in own})
         with torch.no_grad():
             for name, layer in linear_layers(encoder):
                 layer.weight += (self._tensors[f"{name}.b"].float() @ self._tensors[f"{name}.a"].float()).to(
                     layer.weight
                 )
-        reader = Reader(encoder, self._tensors["head.weight"].shape[1], len(self.dimensions))
+        reader = Reader(packed(encoder), self._tensors["head.weight"].shape[1], len(self.dimensions))
         reader.head.load_state_dict({key: self._tensors[f"head.{key}"].float() for key in ("weight", "bias")})
         return reader.eval()
 

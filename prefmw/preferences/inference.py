@@ -146,6 +146,9 @@ class Inferer:
             if key in dimensions and dimensions[key].kind == "style" and dimensions[key].poles == poles
         )
         self._version = f"{readout.version()} {sorted(self.dimensions)}"
+        self._anchors: dict[tuple[str | None, int], list[int]] = {}  # by dimension and side
+        for row, anchor in enumerate(readout.anchors):
+            self._anchors.setdefault((anchor.dimension, anchor.side), []).append(row)
 
     def key(self, persona: str) -> str:
         """What an inference of this persona rests on, as a hash: its words, the read-out and the dimensions read."""
@@ -191,7 +194,7 @@ class Inferer:
     def _inferred(self, dimension: str, clause: str, value: float, vector: NDArray[np.float32]) -> Inferred:
         side = 1 if value > 0 else -1
         anchors = self._readout.anchors
-        rows = [row for row, anchor in enumerate(anchors) if (anchor.dimension, anchor.side) == (dimension, side)]
+        rows = self._anchors.get((dimension, side), [])
         similarities: NDArray[np.float32] = self._readout.vectors[rows] @ vector
         nearest = sorted(zip(similarities.tolist(), rows, strict=True), reverse=True)[:SHOWN]
         because = tuple(

@@ -1,0 +1,39 @@
+"""An encoder for inference alone, its linear layers reading packed weights (:mod:`prefmw.decoding.products`): a short
+text's few tokens take as long as the weights take to read.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from prefmw.decoding.products import can_pack, pack, packed_product
+
+
+class Packed(nn.Module):
+    """A linear layer with a packed copy of its weights, taken as they are now."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = pack(layer.weight.detach())  # by this name, since an encoder may look at its type
+        self.bias = None if layer.bias is None else layer.bias.detach()
+
+    def forward(self, given: Tensor) -> Tensor:
+        """(..., columns) to (..., rows)."""
+        return packed_product(given, self.weight, self.bias)
+
+
+def packed(encoder: nn.Module) -> nn.Module:
+    """A copy of a frozen encoder that reads packed weights and shares all others; itself where this machine has no such
+    products for it.
+    """
+    layers = [(name, layer) for name, layer in encoder.named_modules() if type(layer) is nn.Linear]
+    if not all(layer.weight.device.type == "cpu" and can_pack(layer.weight.dtype) for _, layer in layers):
+        return encoder
+    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
+    quick = copy.deepcopy(encoder, shared)
+    for name, layer in layers:
+        parent, _, own = name.rpartition(".")
+        setattr(quick.get_submodule(parent), own, Packed(layer))
+    return quick
