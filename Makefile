@@ -32,6 +32,9 @@ tiny: $(READY) ## Remake the embedded chat model, its checkpoints and its calibr
 	$(BIN)/prefmw train reward --recipe tiny --out build/tiny-reward
 	mkdir -p prefmw/assets/tiny-reward
 	cp build/tiny-reward/reward/* prefmw/assets/tiny-reward/
+	$(BIN)/prefmw train dpa --recipe tiny --out build/tiny-dpa
+	mkdir -p prefmw/assets/tiny-dpa
+	cp build/tiny-dpa/dpa/* prefmw/assets/tiny-dpa/
 	$(BIN)/prefmw prefs calibrate -m tiny --n 48 --out prefmw/assets/calibrations/tiny.json
 
 readout: $(READY) ## Refit the read-out of preferences, resuming a fit that was killed
