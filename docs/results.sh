@@ -7,12 +7,12 @@ runs=$2
 docs=$(dirname "$0")
 mkdir -p "$runs" "$docs/figures"
 export PREFMW_HOME="$runs/home" # nobody's calibrations, nobody's settings
-measure() { # NAME COMMAND...: one run, and its figure among the document's
+measure() { # NAME COMMAND...: one run, and its figure among the document's, where that shows it
   local name=$1
   shift
   echo "$(date +%H:%M:%S) $name"
   "$prefmw" eval "$@" --out "$runs/$name" > /dev/null
-  if [ -f "$runs/$name/figure.png" ]; then cp "$runs/$name/figure.png" "$docs/figures/$name.png"; fi
+  if grep -q "figures/$name.png" "$docs/results.md"; then cp "$runs/$name/figure.png" "$docs/figures/$name.png"; fi
 }
 
 sweep="--strength 0 --strength 0.5 --strength 1 --strength 2 --strength 3"
