@@ -86,12 +86,10 @@ class Session:
 
     def _noted(self, reply: Reply) -> Reply:
         """The reply with a notice of each checkpoint that was named for it and not read."""
+        from prefmw.plans import not_read
+
         method = reply.plan.method
-        notices = [
-            f"{flag} has no effect: it is {reader.upper()}'s, and the method is '{method}'"
-            for flag, reader in self.checkpoints
-            if reader != method
-        ]
+        notices = [not_read(flag, reader, method) for flag, reader in self.checkpoints if reader != method]
         return replace(reply, notices=(*reply.notices, *notices))
 
     def context(self, history: Sequence[Message]) -> list[Message]:

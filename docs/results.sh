@@ -12,7 +12,8 @@ measure() { # NAME COMMAND...: one run, and its figure among the document's, whe
   shift
   echo "$(date +%H:%M:%S) $name"
   "$prefmw" eval "$@" --out "$runs/$name" > /dev/null
-  if grep -q "figures/$name.png" "$docs/results.md"; then cp "$runs/$name/figure.png" "$docs/figures/$name.png"; fi
+  local figure="$runs/$name/figure.png" # there is none without matplotlib
+  if [ -f "$figure" ] && grep -q "figures/$name.png" "$docs/results.md"; then cp "$figure" "$docs/figures/$name.png"; fi
 }
 
 sweep="--strength 0 --strength 0.5 --strength 1 --strength 2 --strength 3"

@@ -218,6 +218,11 @@ def candidate_rule(sampling: Sampling, candidate: str | None, top_p: float | Non
     ), candidate
 
 
+def not_read(option: str, reader: str, method: str) -> str:
+    """The notice of an option that another method reads than the turn's."""
+    return f"{option} has no effect: it is {reader.upper()}'s, and the method is '{method}'"
+
+
 def no_effect(plan: Plan, options: Options, user_id: str) -> list[str]:
     """What there is to tell: options that have no effect, weights that are left out, a reply that is plain."""
     told = []
@@ -232,9 +237,9 @@ def no_effect(plan: Plan, options: Options, user_id: str) -> list[str]:
     elif plan.method != "none" and not plan.principle:
         told.append(f"{user_id} has no persona and no style weight of 0.15 or more, so the reply is plain")
     if options.robust is not None and plan.robust is None:
-        told.append(f"--robust has no effect: it is DPA's, and the method is '{plan.method}'")
+        told.append(not_read("--robust", "dpa", plan.method))
     if options.candidate is not None and plan.candidate is None:
-        told.append(f"--candidate has no effect: it is PAD's, and the method is '{plan.method}'")
+        told.append(not_read("--candidate", "pad", plan.method))
     if options.strength is not None and plan.strength is None:
         told.append(f"strength {options.strength:g} has no effect: method '{plan.method}' takes none")
     return told
