@@ -172,8 +172,8 @@ def calibrate(
     out: Annotated[Path | None, typer.Option("--out", help="Write it here instead of where it takes effect.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Find a chat model's words and gain for every pole, so that half a weight means the same on all models. Killed and
-    started again, it goes on where it was.
+    """Find a chat model's words for every pole, and how far half a weight goes, so that it means the same on all
+    models. Killed and started again, it goes on where it was.
     """
     from prefmw.bootstrap import calibration_file, load_backend, load_registry, write_whole
     from prefmw.cli.output import loading
@@ -204,15 +204,14 @@ def calibrate(
         print_json({"calibration": str(path), "rows": rows, "settings": {"n": len(questions), "seed": seed}})
         return
     print_table(
-        ["dimension", "pole", "gain", "in words", "half", "full", "loops", "principle"],
+        ["dimension", "pole", "in words", "half goes", "and does", "loops", "principle"],
         [
             [
                 row["dimension"],
                 row["pole"],
-                f"{row['gain']:.2f}",
                 f"{row['moves'][row['wording']]:+.2f}",
-                f"{row['half']:+.2f}" + ("" if row["reached"] else " (short)"),
-                f"{row['full']:+.2f}",
+                f"{row['half']:.2f}",
+                f"{row['moved']:+.2f}" + ("" if row["reached"] else " (short)"),
                 f"{row['loops']:.2f}",
                 row["principle"],
             ]

@@ -86,7 +86,7 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
 
 
 def load_dimensions(settings: Settings) -> Dimensions:
-    """The shipped dimensions, with what the settings' file adds, replaces and retires, in the words and with the gains
+    """The shipped dimensions, with what the settings' file adds, replaces and retires, in the words and with the halves
     of the settings' chat model, where it was calibrated.
 
     Raises:

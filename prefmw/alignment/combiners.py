@@ -47,15 +47,15 @@ def combine_linear(views: Sequence[Tensor], parameters: Tensor) -> Combined:
 
 
 def combine_drift(views: Sequence[Tensor], parameters: Tensor) -> Combined:
-    """Dials over the views (base, pole 1 .. pole K); parameters are the gain of all, the K weights' sizes, and their
-    poles' own gains.
+    """Dials over the views (base, pole 1 .. pole K); parameters are the gain of all, the K weights' sizes, and how
+    far half a weight goes towards each of their poles.
 
-    The rule is the base moved by every weight as far as its gains take it, but not beyond its pole's reading, the unit
-    ball undone: what several large weights ask for would fall out of the nucleus of the step that they share.
+    The rule is the base moved by every weight as far as it goes alone, but not beyond its pole's reading, the unit ball
+    undone: what several large weights ask for would fall out of the nucleus of the step that they share.
     """
     base, *poles = _views(views, 1 + (parameters.shape[1] - 1) // 2)
-    gain, weights, gains = parameters[:, :1], parameters[:, 1 : 1 + len(poles)], parameters[:, 1 + len(poles) :]
-    moved, trusted = dials_and_rule(base, poles, weights, gains, gain)
+    gain, weights, halves = parameters[:, :1], parameters[:, 1 : 1 + len(poles)], parameters[:, 1 + len(poles) :]
+    moved, trusted = dials_and_rule(base, poles, weights, halves, gain)
     return Combined(torch.addcmul(base, gain, moved), base + trusted)
 
 

@@ -1,5 +1,5 @@
-"""Calibration: the words that ask a model best for each pole, and the gain at which half a weight means on it what it
-means on every other: half of what asking in words does.
+"""Calibration: the words that ask a model best for each pole, and how far half a weight must go towards their reading
+to mean on it what it means on every other: half of what asking in words does.
 
 Replies are judged by the model's own attribute scores (:mod:`prefmw.scoring`) beside those of its plain replies, so no
 reward model and no word list is needed and a deployment's own dimensions are measured like the shipped ones. A
@@ -40,11 +40,8 @@ from prefmw.training.unfinished import Unfinished
 HALF = 0.5
 """How far half a weight moves a model's replies, of how far the pole's sentence moves them in a prompt."""
 
-GAINS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-"""Gains that are tried, from the least until one suffices; in between is interpolated."""
-
-LOOPS = 0.05
-"""Replies more than of plain ones that may loop at a full weight."""
+HALVES = (0.2, 0.4, 0.6, 0.8, 0.9)
+"""How far half a weight is tried to go, from the least until one suffices; in between is interpolated."""
 
 Progress = Callable[[str, float], None]
 """Told what is under way and the share of it that is done."""
@@ -127,12 +124,12 @@ def sentences(dimension: Dimension, side: int) -> tuple[str, ...]:
 
 
 class Setting(NamedTuple):
-    """One way of leaning to a pole: by which of its sentences, at which gain, with which weight."""
+    """One way of leaning to a pole: by which of its sentences, with which weight, half a weight going how far."""
 
     dimension: str
     side: int
     wording: int
-    gain: float
+    half: float
     weight: float
 
 
@@ -150,20 +147,20 @@ class Moved(NamedTuple):
 
 @dataclass
 class _Pole:
-    """A pole's way to its words and gain."""
+    """A pole's way to its words and half."""
 
     dimension: Dimension
     side: int
     wording: int = 0
-    gain: float = 0.0
+    half: float = 0.5
 
-    def at(self, gain: float, weight: float, wording: int | None = None) -> Setting:
-        return Setting(self.dimension.key, self.side, self.wording if wording is None else wording, gain, weight)
+    def at(self, half: float, weight: float, wording: int | None = None) -> Setting:
+        return Setting(self.dimension.key, self.side, self.wording if wording is None else wording, half, weight)
 
     @property
     def wordings(self) -> list[Setting]:
-        """Every sentence in a prompt."""
-        return [self.at(1.0, 1.0, wording) for wording in range(len(sentences(self.dimension, self.side)))]
+        """Every sentence in a prompt, which is a full weight."""
+        return [self.at(0.5, 1.0, wording) for wording in range(len(sentences(self.dimension, self.side)))]
 
     @property
     def name(self) -> str:
@@ -176,39 +173,33 @@ def calibrate(
     """A model's calibration, and a row a pole that says what it rests on.
 
     Of a pole's sentences the first stays, unless another moves the replies further by more than two standard errors.
-    The gain is the least at which half a weight moves them :data:`HALF` as far as the sentence itself does, but none
-    at which a full weight makes more than :data:`LOOPS` of them loop. What was measured before a kill is taken from
-    ``unfinished``.
+    Half a weight goes the least way at which it moves them :data:`HALF` as far as the sentence itself does. What was
+    measured before a kill is taken from ``unfinished``.
 
-    Row keys: ``dimension pole principle wording moves gain half full loops reached``: ``moves`` what each sentence does
-    in a prompt, which is a full weight at gain 1; ``half``, ``full`` what such weights do at the gain chosen, all as
-    Cliff's delta; ``reached`` whether ``half`` comes to nine tenths of what it should be.
+    Row keys: ``dimension pole principle wording moves half moved loops reached``: ``moves`` what each sentence does in
+    a prompt, which is a full weight, and ``moved`` what half a weight does that goes ``half`` the way, as Cliff's
+    delta; ``loops`` the share of replies to the sentence that loop; ``reached`` whether ``moved`` comes to nine tenths
+    of what it should be.
     """
     poles = [_Pole(dimensions[key], side) for key in scored_dimensions(dimensions) for side in (-1, 1)]
     seen = _Measurements(trials, dimensions, progress, unfinished)
-    seen.expected = sum(len(pole.wordings) + len(GAINS) + 1 for pole in poles)
+    seen.expected = sum(len(pole.wordings) + len(HALVES) for pole in poles)
     seen.measure([setting for pole in poles for setting in pole.wordings])
     for pole in poles:
         pole.wording = _further([seen[setting].each for setting in pole.wordings])
     searching = poles
-    for number, gain in enumerate(GAINS):
-        seen.measure([pole.at(gain, 0.5) for pole in searching])
-        searching = [pole for pole in searching if not _suffices(seen, pole, GAINS[: number + 1])]
-        seen.expected -= (len(poles) - len(searching)) if gain != GAINS[-1] else 0
+    for half in HALVES:
+        seen.measure([pole.at(half, 0.5) for pole in searching])
+        searching = [pole for pole in searching if not _suffices(seen, pole, half)]
+        seen.expected -= (len(poles) - len(searching)) if half != HALVES[-1] else 0
     for pole in poles:
-        pole.gain = _least_reaching(_halves(seen, pole), _wanted(seen, pole))
-    looping = poles
-    while looping:
-        seen.measure([pole.at(pole.gain, 1.0) for pole in looping])
-        looping = [pole for pole in looping if pole.gain > GAINS[0] and _loops(seen, pole) > seen.looping + LOOPS]
-        for pole in looping:
-            pole.gain = max(GAINS[0], round(0.8 * pole.gain, 2))
+        pole.half = _least_reaching(_moved(seen, pole), _wanted(seen, pole))
     progress("calibrated", 1.0)
     rows = [_row(seen, pole) for pole in poles]
     chat = trials.backend.chat
     tuned: dict[str, dict[str, Tuned]] = {}
     for row in rows:
-        tuned.setdefault(row["dimension"], {})[row["pole"]] = Tuned(row["principle"], row["gain"])
+        tuned.setdefault(row["dimension"], {})[row["pole"]] = Tuned(row["principle"], row["half"])
     return Calibration(chat.name, chat.revision, tuned), rows
 
 
@@ -224,7 +215,6 @@ class _Measurements:
         self.expected = 0
         if self._known["plain"] is None:
             (self._known["plain"],) = trials.replies([(None, 0.0)])
-        self.looping = float(np.mean([repeats(reply) for reply in self._known["plain"]]))
 
     def __getitem__(self, setting: Setting) -> Moved:
         each, loops = self._known["moved"][repr(tuple(setting))]
@@ -236,13 +226,13 @@ class _Measurements:
     def measure(self, settings: Sequence[Setting]) -> None:
         """Measure those that are not known yet."""
         new = [setting for setting in dict.fromkeys(settings) if setting not in self]
-        tuned = [_tuned(self._dimensions[one.dimension], one.side, one.wording, one.gain) for one in new]
+        tuned = [_tuned(self._dimensions[one.dimension], one.side, one.wording, one.half) for one in new]
         people = [(dimension, one.side * one.weight) for dimension, one in zip(tuned, new, strict=True)]
         for setting, replies in zip(new, self._trials.replies(people), strict=True):
             moved = self._read(setting, replies)
             self._known["moved"][repr(tuple(setting))] = (moved.each.tolist(), moved.loops)
             name = self._dimensions[setting.dimension].pole(setting.side).name
-            what = f"{setting.dimension}, {name}: weight {setting.weight:g} at gain {setting.gain:g}"
+            what = f"{setting.dimension}, {name}: weight {setting.weight:g}, half a weight going {setting.half:g}"
             self._progress(what, min(0.99, len(self._known["moved"]) / max(1, self.expected)))
             if self._unfinished:
                 self._unfinished.keep(lambda: self._known)
@@ -281,61 +271,57 @@ def _further(tried: Sequence[NDArray[np.float64]]) -> int:
 
 
 def _wanted(seen: _Measurements, pole: _Pole) -> float:
-    """How far half a weight is to move the replies."""
-    return HALF * seen[pole.at(1.0, 1.0)].mean
+    """How far half a weight is to move the replies; 0 where the sentence does so by less than two standard errors."""
+    each = seen[pole.at(0.5, 1.0)].each
+    return HALF * float(each.mean()) if each.mean() > 2 * each.std(ddof=1) / len(each) ** 0.5 else 0.0
 
 
-def _halves(seen: _Measurements, pole: _Pole) -> list[float]:
-    """How far half a weight moves them at the gains that were tried, from the least on."""
-    return [seen[pole.at(gain, 0.5)].mean for gain in GAINS if pole.at(gain, 0.5) in seen]
+def _moved(seen: _Measurements, pole: _Pole) -> list[float]:
+    """How far half a weight moves them in the settings that were tried, from the least on."""
+    return [seen[pole.at(half, 0.5)].mean for half in HALVES if pole.at(half, 0.5) in seen]
 
 
-def _suffices(seen: _Measurements, pole: _Pole, gains: Sequence[float]) -> bool:
-    """Whether the pole's gain is known from what half a weight does at these."""
+def _suffices(seen: _Measurements, pole: _Pole, half: float) -> bool:
+    """Whether half a weight moves them far enough where it goes so far, or the sentence itself does not move them."""
     wanted = _wanted(seen, pole)
-    return gains[-1] >= 1.0 if wanted <= 0 else seen[pole.at(gains[-1], 0.5)].mean >= wanted
+    return wanted <= 0 or seen[pole.at(half, 0.5)].mean >= wanted
 
 
-def _least_reaching(halves: Sequence[float], wanted: float) -> float:
-    """The least gain at which half a weight moves replies as far as wanted, or the largest tried; 1 where the sentence
-    itself does not move them.
+def _least_reaching(tried: Sequence[float], wanted: float) -> float:
+    """How far half a weight must go at least to move replies as far as wanted, or the farthest tried; one half where
+    the sentence itself does not.
     """
     if wanted <= 0:
-        return 1.0
-    before_gain, before = 0.0, 0.0
-    for gain, moved in zip(GAINS, halves, strict=False):
+        return 0.5
+    shorter, before = 0.0, 0.0
+    for half, moved in zip(HALVES, tried, strict=False):
         if moved >= wanted:
             share = (wanted - before) / (moved - before)
-            return max(GAINS[0], round(before_gain + share * (gain - before_gain), 2))
-        before_gain, before = gain, moved
-    return GAINS[-1]
-
-
-def _loops(seen: _Measurements, pole: _Pole) -> float:
-    return seen[pole.at(pole.gain, 1.0)].loops
+            return max(HALVES[0], round(shorter + share * (half - shorter), 2))
+        shorter, before = half, moved
+    return HALVES[-1]
 
 
 def _row(seen: _Measurements, pole: _Pole) -> dict[str, Any]:
-    halves, wanted, full = _halves(seen, pole), _wanted(seen, pole), seen[pole.at(pole.gain, 1.0)]
-    half = float(np.interp(pole.gain, GAINS[: len(halves)], halves))
+    tried, wanted, full = _moved(seen, pole), _wanted(seen, pole), seen[pole.at(0.5, 1.0)]
+    moved = float(np.interp(pole.half, HALVES[: len(tried)], tried))
     return {
         "dimension": pole.dimension.key,
         "pole": pole.name,
         "principle": sentences(pole.dimension, pole.side)[pole.wording],
         "wording": pole.wording,
         "moves": [round(seen[setting].mean, 3) for setting in pole.wordings],
-        "gain": pole.gain,
-        "half": round(half, 3),
-        "full": round(full.mean, 3),
+        "half": pole.half,
+        "moved": round(moved, 3),
         "loops": round(full.loops, 3),
-        "reached": wanted > 0 and half >= 0.9 * wanted,
+        "reached": wanted > 0 and moved >= 0.9 * wanted,
     }
 
 
-def _tuned(dimension: Dimension, side: int, wording: int, gain: float) -> Dimension:
-    pole = replace(dimension.pole(side), principle=sentences(dimension, side)[wording], gain=gain)
+def _tuned(dimension: Dimension, side: int, wording: int, half: float) -> Dimension:
+    pole = replace(dimension.pole(side), principle=sentences(dimension, side)[wording], half=half)
     return replace(dimension, negative=pole) if side < 0 else replace(dimension, positive=pole)
 
 
 def _worded(dimension: Dimension, negative: int, positive: int) -> Dimension:
-    return _tuned(_tuned(dimension, -1, negative, 1.0), 1, positive, 1.0)
+    return _tuned(_tuned(dimension, -1, negative, 0.5), 1, positive, 0.5)

@@ -1,4 +1,4 @@
-"""A chat model's calibration: the words that ask it for each pole, and how far a weight on that side goes.
+"""A chat model's calibration: the words that ask it for each pole, and how far half a weight on that side goes.
 
 Models differ in what a sentence makes of them. ``prefmw prefs calibrate`` measures it
 (:mod:`prefmw.evaluation.calibrate`); what it found is applied to the registry of dimensions, so that everything that
@@ -8,7 +8,6 @@ reads a pole's sentence or turns a dial has it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,10 +17,10 @@ from prefmw.preferences.dimensions import Dimension, Dimensions, Pole
 
 
 class Tuned(NamedTuple):
-    """A pole on one model: the sentence that asks for it, and the gain of its dial."""
+    """A pole on one model: the sentence that asks for it, and how far half a weight goes towards its reading."""
 
     principle: str
-    gain: float
+    half: float
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Calibration:
     poles: Mapping[str, Mapping[str, Tuned]]
 
     def applied(self, dimensions: Dimensions) -> Dimensions:
-        """The registry with this model's words and gains. A pole that was not measured, or has other sentences by now,
+        """The registry with this model's words and halves. A pole that was not measured, or has other sentences by now,
         stays as it is.
         """
         return Dimensions([self._tuned(key, dimension) for key, dimension in dimensions.items()])
@@ -45,7 +44,7 @@ class Calibration:
             one = found.get(pole.name)
             if one is None or one.principle not in (pole.principle, *pole.wordings):
                 return pole
-            return replace(pole, principle=one.principle, gain=one.gain)
+            return replace(pole, principle=one.principle, half=one.half)
 
         negative = dimension.negative and tuned(dimension.negative)
         return replace(dimension, positive=tuned(dimension.positive), negative=negative)
@@ -65,13 +64,13 @@ class Calibration:
         try:
             table: dict[str, Any] = json.loads(text)
             poles = {
-                key: {name: Tuned(str(one["principle"]), float(one["gain"])) for name, one in named.items()}
+                key: {name: Tuned(str(one["principle"]), float(one["half"])) for name, one in named.items()}
                 for key, named in table["poles"].items()
             }
             found = Calibration(str(table["model"]), str(table["revision"]), poles)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"this is no calibration: {error}") from error
         tuned = [one for named in poles.values() for one in named.values()]
-        if not all(one.principle.strip() and math.isfinite(one.gain) and one.gain > 0 for one in tuned):
-            raise UsageError("a calibration gives every pole a sentence and a finite gain above 0")
+        if not all(one.principle.strip() and 0 < one.half < 1 for one in tuned):
+            raise UsageError("a calibration gives every pole a sentence and a half between 0 and 1")
         return found

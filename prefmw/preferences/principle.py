@@ -38,23 +38,23 @@ def persona_sentence(profile: Profile) -> str:
 
 
 class Dial(NamedTuple):
-    """A style weight that is not 0, with the sentence and the gain of the pole it leans to."""
+    """A style weight that is not 0, with the sentence of the pole it leans to and how far half a weight goes there."""
 
     dimension: str
     weight: float
     principle: str
-    gain: float = 1.0
+    half: float = 0.5
 
     def as_json(self) -> dict[str, Any]:
         """The dial but for its dimension."""
-        return {"weight": self.weight, "principle": self.principle, "gain": self.gain}
+        return {"weight": self.weight, "principle": self.principle, "half": self.half}
 
 
 def dials_of(profile: Profile, dimensions: Dimensions) -> list[Dial]:
     """The profile's effective style weights as dials, strongest first (ties in the registry's order)."""
     weights = {key: profile.weights[key].value for key in dimensions if key in profile.weights}
     found = [
-        Dial(key, value, pole.principle, pole.gain)
+        Dial(key, value, pole.principle, pole.half)
         for key, value in weights.items()
         if value and dimensions[key].kind == "style" and value >= dimensions[key].low
         for pole in [dimensions[key].pole(value)]

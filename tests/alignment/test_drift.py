@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefmw.alignment import combine_drift, dials, scaled
+from prefmw.alignment.drift import shares
 
 NEG = -math.inf
 
@@ -69,33 +70,46 @@ def test_many_large_weights_go_no_further_than_the_unit_ball(seed):
 
 def test_one_full_dial_at_a_gain_is_the_linear_step_from_the_plain_model():
     base, (pole, _), _ = drawn(5)
-    combined = combine_drift([base, pole], torch.tensor([[3.0, 1.0, 1.0]] * 3))
+    combined = combine_drift([base, pole], torch.tensor([[3.0, 1.0, 0.7]] * 3))
     torch.testing.assert_close(combined.logits, scaled(base, pole, 2.0))  # z0 + 3 d = z1 + 2 d
     torch.testing.assert_close(combined.rule, pole)
 
 
-@pytest.mark.parametrize(("gain", "own"), [(0.0, 1.0), (1.0, 0.5), (1.0, 1.0), (2.0, 0.75), (5.0, 3.0)])
-def test_the_rule_takes_every_weight_as_far_as_its_gains_but_not_beyond_its_reading(gain, own):
+@pytest.mark.parametrize(("gain", "half"), [(0.0, 0.5), (1.0, 0.25), (1.0, 0.5), (2.0, 0.4), (5.0, 0.9)])
+def test_the_rule_takes_every_weight_as_far_as_it_goes_alone_but_not_beyond_its_reading(gain, half):
     base, (one, other), weights = drawn(6)  # some lie beyond the unit ball together
-    gains = torch.full_like(weights, own)
-    combined = combine_drift([base, one, other], torch.cat([torch.full((3, 1), gain), weights, gains], dim=1))
-    sizes = (gain * own * weights).clamp(max=1)
+    halves = torch.full_like(weights, half)
+    combined = combine_drift([base, one, other], torch.cat([torch.full((3, 1), gain), weights, halves], dim=1))
+    sizes = (gain * shares(weights, halves)).clamp(max=1)
     moved = base + sizes[:, :1] * (one - base) + sizes[:, 1:] * (other - base)
     torch.testing.assert_close(combined.rule, moved)
-    torch.testing.assert_close(combined.logits, base + gain * own * dials(base, [one, other], weights))
+    torch.testing.assert_close(combined.logits, base + gain * dials(base, [one, other], weights, halves))
 
 
-def test_a_pole_s_gain_scales_its_own_direction_and_not_the_bound():
+def test_half_a_weight_goes_as_far_as_its_pole_says_and_a_whole_one_all_the_way():
     base, (one, other), _ = drawn(8)
-    weights, gains = torch.tensor([[3.0, 4.0]] * 3), torch.tensor([[2.0, 0.5]] * 3)
-    moved = 2.0 * 0.6 * (one - base) + 0.5 * 0.8 * (other - base)
-    torch.testing.assert_close(dials(base, [one, other], weights, gains), moved, atol=1e-5, rtol=1e-5)
+    weights, halves = torch.tensor([[0.5, 0.0], [0.0, 0.5], [1.0, 0.0]]), torch.tensor([[0.7, 0.2]] * 3)
+    moved = torch.stack([0.7 * (one - base)[0], 0.2 * (other - base)[1], (one - base)[2]])
+    torch.testing.assert_close(dials(base, [one, other], weights, halves), moved, atol=1e-5, rtol=1e-5)
+
+
+@given(st.floats(0.01, 0.99), st.floats(0, 1), st.floats(0, 1))
+def test_shares_rise_with_the_weight_and_never_pass_the_whole(half, weight, other):
+    low, high = sorted((weight, other))
+    found = shares(torch.tensor([0.0, low, high, 1.0], dtype=torch.float64), torch.full((4,), half).double())
+    assert (found.diff() >= 0).all()
+    torch.testing.assert_close(found[[0, 3]], torch.tensor([0.0, 1.0]).double())
+
+
+@given(st.floats(0, 1))
+def test_at_one_half_a_share_is_the_weight_itself(weight):
+    torch.testing.assert_close(shares(torch.tensor([weight]), torch.tensor([0.5])), torch.tensor([weight]))
 
 
 def test_what_one_of_many_full_dials_asks_for_stays_in_the_rule():
     base = torch.tensor([[10.0, 0.0, 0.0, 0.0]])
     poles = [base + torch.eye(4)[[column]] * 12 for column in (1, 2, 3)]
-    combined = combine_drift([base, *poles], torch.ones(1, 7))
+    combined = combine_drift([base, *poles], torch.tensor([[1.0] * 4 + [0.5] * 3]))
     assert (combined.rule.softmax(1)[:, 1:] > 0.3).all()
     assert (combined.logits.softmax(1)[:, 1:] < 0.1).all()
 
@@ -120,6 +134,13 @@ def test_weights_that_are_no_sizes_are_refused(weights):
     base, (pole, _), _ = drawn(8, rows=1)
     with pytest.raises(ValueError, match="weights"):
         dials(base, [pole], torch.tensor(weights))
+
+
+@pytest.mark.parametrize("half", [0.0, 1.0, -0.5, math.nan])
+def test_halves_that_are_none_are_refused(half):
+    base, (pole, _), _ = drawn(8, rows=1)
+    with pytest.raises(ValueError, match="halves"):
+        dials(base, [pole], torch.ones(1, 1), torch.tensor([[half]]))
 
 
 def test_logits_that_overflowed_are_refused():

@@ -1,16 +1,19 @@
-"""A model's own words and gains: what is measured is what half a weight does, and nothing else changes."""
+"""A model's own words and halves: what is measured is what half a weight does, and nothing else changes."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import pytest
+import torch
 
+from prefmw.alignment.drift import shares
 from prefmw.errors import UsageError
 from prefmw.evaluation import calibrate, steer
-from prefmw.evaluation.calibrate import GAINS, HALF, Trials, pairs, sentences
+from prefmw.evaluation.calibrate import HALF, HALVES, Trials, pairs, sentences
 from prefmw.preferences import default_dimensions, parse_dimensions
 from prefmw.training import unfinished
 from prefmw.training.unfinished import Unfinished
@@ -25,7 +28,7 @@ positive = { name = "calm", principle = "Be calm.", wordings = ["Rest."] }
 class Scripted(Trials):
     """Replies that say how they were asked for; every sentence of the other pair reads the same from them.
 
-    A reply leans by the gain and the weight, twice as far by "Rest." as by the principle.
+    A reply leans as far as the weight goes, twice as far by "Rest." as by the principle.
     """
 
     @functools.cached_property
@@ -35,7 +38,10 @@ class Scripted(Trials):
     def replies(self, people):
         for dimension, weight in people:
             pole = None if dimension is None else dimension.pole(weight)
-            lean = 0.0 if pole is None else weight * pole.gain * self.force[pole.principle]
+            lean = 0.0
+            if pole is not None:
+                gone = float(shares(torch.tensor(abs(weight)), torch.tensor(pole.half)))
+                lean = math.copysign(gone, weight) * self.force[pole.principle]
             yield [f"{lean + noise} stands for a reply." for noise in self.noise]
 
     @property
@@ -70,33 +76,24 @@ def test_the_sentence_that_moves_further_wins_and_half_a_weight_does_half_of_wha
     for row in rows:
         assert row["reached"]
         assert row["moves"][row["wording"]] == pytest.approx(delta(1.0), abs=0.03)
-        assert row["half"] == pytest.approx(HALF * delta(1.0), abs=0.03)
-        assert delta(0.5 * row["gain"]) == pytest.approx(HALF * delta(1.0), abs=0.03)
+        assert row["moved"] == pytest.approx(HALF * delta(1.0), abs=0.03)
+        assert delta(row["half"]) == pytest.approx(HALF * delta(1.0), abs=0.03)
 
 
-def test_a_gain_at_which_replies_loop_is_not_taken(scripted, monkeypatch):
-    _, before = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
-    monkeypatch.setattr(calibrate, "repeats", lambda reply: abs(float(reply.split()[0])) > 2.2)
-    _, rows = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
-    for row, other in zip(rows, before, strict=True):
-        assert row["loops"] <= calibrate.LOOPS < other["loops"] or row["gain"] < other["gain"]
-        assert not row["reached"]
-
-
-def test_a_model_that_half_a_weight_does_not_move_gets_the_largest_gain_and_is_said_to_fall_short(scripted):
+def test_a_model_that_half_a_weight_does_not_move_goes_the_farthest_and_is_said_to_fall_short(scripted):
     class Deaf(Scripted):
         def replies(self, people):
             return super().replies([(dimension, weight if abs(weight) == 1 else 0.0) for dimension, weight in people])
 
     deaf = Deaf(scripted.backend, scripted.questions)
     _, rows = calibrate.calibrate(deaf, parse_dimensions(ONE), lambda what, share: None)
-    assert all(row["gain"] == GAINS[-1] and not row["reached"] for row in rows)
+    assert all(row["half"] == HALVES[-1] and not row["reached"] for row in rows)
 
 
-def test_a_pole_whose_sentence_does_nothing_keeps_its_gain(scripted):
+def test_a_pole_whose_sentence_does_nothing_is_left_in_the_middle(scripted):
     scripted.force.update(dict.fromkeys(scripted.force, 0.0))
     _, rows = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
-    assert all(row["gain"] == 1.0 and row["wording"] == 0 and not row["reached"] for row in rows)
+    assert all(row["half"] == 0.5 and row["wording"] == 0 and not row["reached"] for row in rows)
 
 
 class Watched(Scripted):
@@ -117,11 +114,11 @@ def watched(scripted):
     return Watched(scripted.backend, scripted.questions)
 
 
-def test_gains_are_tried_from_the_least_until_one_suffices(watched):
+def test_halves_are_tried_from_the_least_until_one_suffices(watched):
     _, rows = calibrate.calibrate(watched, parse_dimensions(ONE), lambda what, share: None)
-    gains = [dimension.pole(weight).gain for dimension, weight in watched.asked if dimension and abs(weight) == 0.5]
-    assert max(row["gain"] for row in rows) <= max(gains) < GAINS[-1]
-    assert sorted(gains) == sorted(2 * [gain for gain in GAINS if gain <= max(gains)])
+    halves = [dimension.pole(weight).half for dimension, weight in watched.asked if dimension and abs(weight) == 0.5]
+    assert max(row["half"] for row in rows) <= max(halves) < HALVES[-1]
+    assert sorted(halves) == sorted(2 * [half for half in HALVES if half <= max(halves)])
 
 
 def test_a_killed_calibration_goes_on_and_comes_to_what_an_unbroken_one_does(scripted, watched, tmp_path, monkeypatch):
@@ -185,4 +182,4 @@ def test_a_real_model_is_measured_end_to_end(backend, monkeypatch):
     assert found.revision == backend.chat.revision
     for row in rows:
         assert row["principle"] in sentences(humor["humor"], -1 if row["pole"] == "serious" else 1)
-        assert GAINS[0] <= row["gain"] <= GAINS[-1]
+        assert HALVES[0] <= row["half"] <= HALVES[-1]
