@@ -172,8 +172,8 @@ def calibrate(
     out: Annotated[Path | None, typer.Option("--out", help="Write it here instead of where it takes effect.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Find a chat model's words for every pole, and how far half a weight goes, so that it means the same on all
-    models. Killed and started again, it goes on where it was.
+    """Find the words that ask a chat model best for each pole, and how far half a weight must go to do half of what
+    they do. Killed and started again, it goes on where it was.
     """
     from prefmw.bootstrap import calibration_file, load_backend, load_registry, write_whole
     from prefmw.cli.output import loading
@@ -204,15 +204,15 @@ def calibrate(
         print_json({"calibration": str(path), "rows": rows, "settings": {"n": len(questions), "seed": seed}})
         return
     print_table(
-        ["dimension", "pole", "in words", "half goes", "and does", "loops", "principle"],
+        ["dimension", "pole", "words do", "words loop", "half goes", "half does", "principle"],
         [
             [
                 row["dimension"],
                 row["pole"],
                 f"{row['moves'][row['wording']]:+.2f}",
-                f"{row['half']:.2f}",
-                f"{row['moved']:+.2f}" + ("" if row["reached"] else " (short)"),
                 f"{row['loops']:.2f}",
+                f"{row['midpoint']:.2f}",
+                _half(row),
                 row["principle"],
             ]
             for row in rows
@@ -333,6 +333,13 @@ def _change(name: str, before: Any, after: Any) -> str:
         return f"{dimension} ({source}) {old} → {new}"
     old, new = (shorten(str(value), 40) if value not in (None, "") else "–" for value in (before, after))
     return f"{name} {old} → {new}"
+
+
+def _half(row: dict[str, Any]) -> str:
+    """What half a weight does, for a person."""
+    if row["moved"] is None:
+        return "(words do nothing)"
+    return f"{row['moved']:+.2f}" + ("" if row["reached"] else " (short)")
 
 
 def _layer(as_admin: bool) -> Source:

@@ -86,8 +86,8 @@ def build_personalizer(settings: Settings, store: PreferenceStore) -> Personaliz
 
 
 def load_dimensions(settings: Settings) -> Dimensions:
-    """The shipped dimensions, with what the settings' file adds, replaces and retires, in the words and with the halves
-    of the settings' chat model, where it was calibrated.
+    """The shipped dimensions, with what the settings' file adds, replaces and retires, in the words and with the
+    midpoints of the settings' chat model, where it was calibrated.
 
     Raises:
         UsageError: the file is not there, or is no registry.

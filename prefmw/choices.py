@@ -223,7 +223,7 @@ def leaning(
         strongest = sorted(range(len(keys)), key=lambda at: -abs(weights[at]))[: Defaults.max_dials]
         poles = [dimensions[keys[at]].pole(float(weights[at])) for at in strongest]
         dials = tuple(
-            Dial(keys[at], float(weights[at]), pole.principle, pole.half)
+            Dial(keys[at], float(weights[at]), pole.principle, pole.midpoint)
             for at, pole in zip(strongest, poles, strict=True)
         )
         seeded = replace(sampling, seed=sampling.seed + index)

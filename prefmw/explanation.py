@@ -288,8 +288,16 @@ def explain_turn(turn: RecordedTurn, messages: Sequence[Message], backend: Backe
 
 
 def _plan_of(turn: RecordedTurn) -> Plan:
-    """The plan that a turn was recorded with."""
+    """The plan that a turn was recorded with.
+
+    Raises:
+        UsageError: its dials acted by another rule than today's.
+    """
     stored: Mapping[str, Any] = turn.plan
+    if any("midpoint" not in dial for dial in stored.get("dials", {}).values()):
+        raise UsageError(
+            f"turn {turn.id} was made by dials of an earlier version, which act otherwise today; ask again"
+        )
     bounds = stored["candidates"]
     opening = stored.get("opening", "")
     return Plan(

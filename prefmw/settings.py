@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     """A TOML file of the deployment's own dimensions, which adds to the shipped ones, replaces or retires them."""
 
     calibrated: bool = True
-    """Take the words and halves that ``prefmw prefs calibrate`` found for the chat model, where it did."""
+    """Take the words and midpoints that ``prefmw prefs calibrate`` found for the chat model, where it did."""
 
     embedder: str = "all-MiniLM-L6-v2"
     """What reads preferences out of words: a folder or hub id of a sentence-transformers model."""

@@ -132,8 +132,8 @@ def build_request(
             return request(combine_plain, base)
         sentences = [" ".join(filter(None, [plan.principle, dial.principle])) for dial in plan.dials]
         poles = [with_principle(messages, sentence, chat) for sentence in sentences]
-        sizes, halves = [abs(dial.weight) for dial in plan.dials], [dial.half for dial in plan.dials]
-        return request(combine_drift, base, *poles, parameters=(plan.strength or 0.0, *sizes, *halves))
+        sizes, midpoints = [abs(dial.weight) for dial in plan.dials], [dial.midpoint for dial in plan.dials]
+        return request(combine_drift, base, *poles, parameters=(plan.strength or 0.0, *sizes, *midpoints))
     steered = with_principle(messages, plan.principle, chat)
     if plan.method == "prompt" or plan.strength == 0:  # at ratio 0 the view without the principle has no say
         return request(combine_plain, steered)

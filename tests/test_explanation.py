@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,15 @@ def test_no_preference_changes_nothing(store, make, guided):
     turn, messages = turn_of(store, make, method="none")
     found = explain_turn(turn, messages, guided)
     assert all(step.said.change == pytest.approx(0, abs=1e-4) and step.moved < 1e-4 for step in found.steps)
+
+
+def test_a_turn_of_dials_by_another_rule_is_not_explained(store, make, guided):
+    turn, messages = turn_of(store, make, method="drift")
+    former = {
+        key: {"weight": dial["weight"], "principle": dial["principle"]} for key, dial in turn.plan["dials"].items()
+    }
+    with pytest.raises(UsageError, match="dials of an earlier version"):
+        explain_turn(replace(turn, plan={**turn.plan, "dials": former}), messages, guided)
 
 
 def test_a_joke_is_made_likelier_by_humour(store, make, guided):

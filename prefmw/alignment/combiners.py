@@ -54,8 +54,8 @@ def combine_drift(views: Sequence[Tensor], parameters: Tensor) -> Combined:
     undone: what several large weights ask for would fall out of the nucleus of the step that they share.
     """
     base, *poles = _views(views, 1 + (parameters.shape[1] - 1) // 2)
-    gain, weights, halves = parameters[:, :1], parameters[:, 1 : 1 + len(poles)], parameters[:, 1 + len(poles) :]
-    moved, trusted = dials_and_rule(base, poles, weights, halves, gain)
+    gain, weights, midpoints = parameters[:, :1], parameters[:, 1 : 1 + len(poles)], parameters[:, 1 + len(poles) :]
+    moved, trusted = dials_and_rule(base, poles, weights, midpoints, gain)
     return Combined(torch.addcmul(base, gain, moved), base + trusted)
 
 

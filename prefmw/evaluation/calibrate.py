@@ -40,7 +40,7 @@ from prefmw.training.unfinished import Unfinished
 HALF = 0.5
 """How far half a weight moves a model's replies, of how far the pole's sentence moves them in a prompt."""
 
-HALVES = (0.2, 0.4, 0.6, 0.8, 0.9)
+MIDPOINTS = (0.2, 0.4, 0.6, 0.8, 0.9)
 """How far half a weight is tried to go, from the least until one suffices; in between is interpolated."""
 
 Progress = Callable[[str, float], None]
@@ -129,7 +129,7 @@ class Setting(NamedTuple):
     dimension: str
     side: int
     wording: int
-    half: float
+    midpoint: float
     weight: float
 
 
@@ -147,15 +147,16 @@ class Moved(NamedTuple):
 
 @dataclass
 class _Pole:
-    """A pole's way to its words and half."""
+    """A pole's way to its words and midpoint."""
 
     dimension: Dimension
     side: int
     wording: int = 0
-    half: float = 0.5
+    midpoint: float = 0.5
 
-    def at(self, half: float, weight: float, wording: int | None = None) -> Setting:
-        return Setting(self.dimension.key, self.side, self.wording if wording is None else wording, half, weight)
+    def at(self, midpoint: float, weight: float, wording: int | None = None) -> Setting:
+        wording = self.wording if wording is None else wording
+        return Setting(self.dimension.key, self.side, wording, midpoint, weight)
 
     @property
     def wordings(self) -> list[Setting]:
@@ -173,33 +174,34 @@ def calibrate(
     """A model's calibration, and a row a pole that says what it rests on.
 
     Of a pole's sentences the first stays, unless another moves the replies further by more than two standard errors.
-    Half a weight goes the least way at which it moves them :data:`HALF` as far as the sentence itself does. What was
-    measured before a kill is taken from ``unfinished``.
+    The midpoint is the least way to go for half a weight to move them :data:`HALF` as far as the sentence itself does;
+    0.5 where that moves them by less than two standard errors. What was measured before a kill is taken from
+    ``unfinished``.
 
-    Row keys: ``dimension pole principle wording moves half moved loops reached``: ``moves`` what each sentence does in
-    a prompt, which is a full weight, and ``moved`` what half a weight does that goes ``half`` the way, as Cliff's
-    delta; ``loops`` the share of replies to the sentence that loop; ``reached`` whether ``moved`` comes to nine tenths
-    of what it should be.
+    Row keys: ``dimension pole principle wording moves loops midpoint moved reached``: ``moves`` what each sentence does
+    in a prompt, which is a full weight, and ``moved`` what half a weight does, as Cliff's delta, ``None`` where the
+    sentence does nothing; ``loops`` the share of replies to the sentence that loop; ``reached`` whether ``moved`` comes
+    to nine tenths of what it should be.
     """
     poles = [_Pole(dimensions[key], side) for key in scored_dimensions(dimensions) for side in (-1, 1)]
     seen = _Measurements(trials, dimensions, progress, unfinished)
-    seen.expected = sum(len(pole.wordings) + len(HALVES) for pole in poles)
+    seen.expected = sum(len(pole.wordings) + len(MIDPOINTS) for pole in poles)
     seen.measure([setting for pole in poles for setting in pole.wordings])
     for pole in poles:
         pole.wording = _further([seen[setting].each for setting in pole.wordings])
-    searching = poles
-    for half in HALVES:
-        seen.measure([pole.at(half, 0.5) for pole in searching])
-        searching = [pole for pole in searching if not _suffices(seen, pole, half)]
-        seen.expected -= (len(poles) - len(searching)) if half != HALVES[-1] else 0
-    for pole in poles:
-        pole.half = _least_reaching(_moved(seen, pole), _wanted(seen, pole))
+    moving = searching = [pole for pole in poles if _sure(seen[pole.at(0.5, 1.0)].each)]
+    for midpoint in MIDPOINTS:
+        seen.expected -= len(poles) - len(searching)
+        seen.measure([pole.at(midpoint, 0.5) for pole in searching])
+        searching = [pole for pole in searching if seen[pole.at(midpoint, 0.5)].mean < _wanted(seen, pole)]
+    for pole in moving:
+        pole.midpoint = _least_reaching(_moved(seen, pole), _wanted(seen, pole))
     progress("calibrated", 1.0)
     rows = [_row(seen, pole) for pole in poles]
     chat = trials.backend.chat
     tuned: dict[str, dict[str, Tuned]] = {}
     for row in rows:
-        tuned.setdefault(row["dimension"], {})[row["pole"]] = Tuned(row["principle"], row["half"])
+        tuned.setdefault(row["dimension"], {})[row["pole"]] = Tuned(row["principle"], row["midpoint"])
     return Calibration(chat.name, chat.revision, tuned), rows
 
 
@@ -226,13 +228,14 @@ class _Measurements:
     def measure(self, settings: Sequence[Setting]) -> None:
         """Measure those that are not known yet."""
         new = [setting for setting in dict.fromkeys(settings) if setting not in self]
-        tuned = [_tuned(self._dimensions[one.dimension], one.side, one.wording, one.half) for one in new]
+        tuned = [_tuned(self._dimensions[one.dimension], one.side, one.wording, one.midpoint) for one in new]
         people = [(dimension, one.side * one.weight) for dimension, one in zip(tuned, new, strict=True)]
         for setting, replies in zip(new, self._trials.replies(people), strict=True):
             moved = self._read(setting, replies)
             self._known["moved"][repr(tuple(setting))] = (moved.each.tolist(), moved.loops)
             name = self._dimensions[setting.dimension].pole(setting.side).name
-            what = f"{setting.dimension}, {name}: weight {setting.weight:g}, half a weight going {setting.half:g}"
+            what = f"{setting.dimension}, {name}: "
+            what += "in words" if setting.weight == 1 else f"half a weight, going {setting.midpoint:g} of the way"
             self._progress(what, min(0.99, len(self._known["moved"]) / max(1, self.expected)))
             if self._unfinished:
                 self._unfinished.keep(lambda: self._known)
@@ -264,62 +267,55 @@ def _further(tried: Sequence[NDArray[np.float64]]) -> int:
     """The sentence that moves the replies furthest, the first where none does so by more than two standard errors."""
     best = 0
     for index in range(1, len(tried)):
-        further = tried[index] - tried[best]
-        if further.mean() > 2 * further.std(ddof=1) / len(further) ** 0.5:
+        if _sure(tried[index] - tried[best]):
             best = index
     return best
 
 
+def _sure(each: NDArray[np.float64]) -> bool:
+    """Whether the mean of what questions give is above 0 by more than two standard errors."""
+    return bool(each.mean() > 2 * each.std(ddof=1) / len(each) ** 0.5)
+
+
 def _wanted(seen: _Measurements, pole: _Pole) -> float:
-    """How far half a weight is to move the replies; 0 where the sentence does so by less than two standard errors."""
-    each = seen[pole.at(0.5, 1.0)].each
-    return HALF * float(each.mean()) if each.mean() > 2 * each.std(ddof=1) / len(each) ** 0.5 else 0.0
+    """How far half a weight is to move the replies."""
+    return HALF * seen[pole.at(0.5, 1.0)].mean
 
 
 def _moved(seen: _Measurements, pole: _Pole) -> list[float]:
-    """How far half a weight moves them in the settings that were tried, from the least on."""
-    return [seen[pole.at(half, 0.5)].mean for half in HALVES if pole.at(half, 0.5) in seen]
-
-
-def _suffices(seen: _Measurements, pole: _Pole, half: float) -> bool:
-    """Whether half a weight moves them far enough where it goes so far, or the sentence itself does not move them."""
-    wanted = _wanted(seen, pole)
-    return wanted <= 0 or seen[pole.at(half, 0.5)].mean >= wanted
+    """How far half a weight moves them at the midpoints that were tried, from the least on."""
+    return [seen[pole.at(midpoint, 0.5)].mean for midpoint in MIDPOINTS if pole.at(midpoint, 0.5) in seen]
 
 
 def _least_reaching(tried: Sequence[float], wanted: float) -> float:
-    """How far half a weight must go at least to move replies as far as wanted, or the farthest tried; one half where
-    the sentence itself does not.
-    """
-    if wanted <= 0:
-        return 0.5
+    """The least midpoint at which half a weight moves replies as far as wanted, or the farthest tried."""
     shorter, before = 0.0, 0.0
-    for half, moved in zip(HALVES, tried, strict=False):
+    for midpoint, moved in zip(MIDPOINTS, tried, strict=False):
         if moved >= wanted:
             share = (wanted - before) / (moved - before)
-            return max(HALVES[0], round(shorter + share * (half - shorter), 2))
-        shorter, before = half, moved
-    return HALVES[-1]
+            return max(MIDPOINTS[0], round(shorter + share * (midpoint - shorter), 2))
+        shorter, before = midpoint, moved
+    return MIDPOINTS[-1]
 
 
 def _row(seen: _Measurements, pole: _Pole) -> dict[str, Any]:
     tried, wanted, full = _moved(seen, pole), _wanted(seen, pole), seen[pole.at(0.5, 1.0)]
-    moved = float(np.interp(pole.half, HALVES[: len(tried)], tried))
+    moved = float(np.interp(pole.midpoint, MIDPOINTS[: len(tried)], tried)) if tried else None
     return {
         "dimension": pole.dimension.key,
         "pole": pole.name,
         "principle": sentences(pole.dimension, pole.side)[pole.wording],
         "wording": pole.wording,
         "moves": [round(seen[setting].mean, 3) for setting in pole.wordings],
-        "half": pole.half,
-        "moved": round(moved, 3),
         "loops": round(full.loops, 3),
-        "reached": wanted > 0 and moved >= 0.9 * wanted,
+        "midpoint": pole.midpoint,
+        "moved": None if moved is None else round(moved, 3),
+        "reached": moved is not None and moved >= 0.9 * wanted,
     }
 
 
-def _tuned(dimension: Dimension, side: int, wording: int, half: float) -> Dimension:
-    pole = replace(dimension.pole(side), principle=sentences(dimension, side)[wording], half=half)
+def _tuned(dimension: Dimension, side: int, wording: int, midpoint: float) -> Dimension:
+    pole = replace(dimension.pole(side), principle=sentences(dimension, side)[wording], midpoint=midpoint)
     return replace(dimension, negative=pole) if side < 0 else replace(dimension, positive=pole)
 
 

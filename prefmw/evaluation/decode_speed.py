@@ -272,7 +272,7 @@ class _Bench:
         if name == "drift":
             poles = [View([*steered[: -len(more) or None], dial, *more]) for dial in range(3, 3 + len(DIALS))]
             return Request(
-                (View(plain), *poles), combine_drift, sampling, (1.0, *DIALS, *(1.0 for _ in DIALS)), owner=owner
+                (View(plain), *poles), combine_drift, sampling, (1.0, *DIALS, *(0.7 for _ in DIALS)), owner=owner
             )
         policy = View(steered, adapter="persrm", head_scale=self._scale)
         return Request((View(steered), policy), combine_pad, sampling, (BETA,), owner=owner)

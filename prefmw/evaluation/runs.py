@@ -139,7 +139,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def model_used(backend: Backend, dimensions: Dimensions) -> dict[str, Any]:
-    """What a result says of the chat model, and of the words and halves that preferences are put to it with."""
+    """What a result says of the chat model, and of the words and midpoints that preferences are put to it with."""
     chat = backend.chat
     return {
         "model": chat.name,

@@ -20,7 +20,7 @@ class Tuned(NamedTuple):
     """A pole on one model: the sentence that asks for it, and how far half a weight goes towards its reading."""
 
     principle: str
-    half: float
+    midpoint: float
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Calibration:
     poles: Mapping[str, Mapping[str, Tuned]]
 
     def applied(self, dimensions: Dimensions) -> Dimensions:
-        """The registry with this model's words and halves. A pole that was not measured, or has other sentences by now,
-        stays as it is.
+        """The registry with this model's words and midpoints. A pole that was not measured, or has other sentences by
+        now, stays as it is.
         """
         return Dimensions([self._tuned(key, dimension) for key, dimension in dimensions.items()])
 
@@ -44,7 +44,7 @@ class Calibration:
             one = found.get(pole.name)
             if one is None or one.principle not in (pole.principle, *pole.wordings):
                 return pole
-            return replace(pole, principle=one.principle, half=one.half)
+            return replace(pole, principle=one.principle, midpoint=one.midpoint)
 
         negative = dimension.negative and tuned(dimension.negative)
         return replace(dimension, positive=tuned(dimension.positive), negative=negative)
@@ -64,13 +64,13 @@ class Calibration:
         try:
             table: dict[str, Any] = json.loads(text)
             poles = {
-                key: {name: Tuned(str(one["principle"]), float(one["half"])) for name, one in named.items()}
+                key: {name: Tuned(str(one["principle"]), float(one["midpoint"])) for name, one in named.items()}
                 for key, named in table["poles"].items()
             }
             found = Calibration(str(table["model"]), str(table["revision"]), poles)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"this is no calibration: {error}") from error
         tuned = [one for named in poles.values() for one in named.values()]
-        if not all(one.principle.strip() and 0 < one.half < 1 for one in tuned):
-            raise UsageError("a calibration gives every pole a sentence and a half between 0 and 1")
+        if not all(one.principle.strip() and 0.01 <= one.midpoint <= 0.99 for one in tuned):
+            raise UsageError("a calibration gives every pole a sentence and a midpoint from 0.01 to 0.99")
         return found

@@ -27,14 +27,15 @@ class Pole:
         anchors: statements of people who want it, for a read-out to be fitted on (the shipped dimensions' stand in
             ``anchors.toml``).
         wordings: other sentences that ask for it; a model's calibration may put one of them in the principle's place.
-        half: how far half a weight on this side goes towards the sentence's reading as one of Drift's dials, in (0, 1).
+        midpoint: how far half a weight on this side goes towards the sentence's reading as one of Drift's dials, in
+            (0, 1).
     """
 
     name: str
     principle: str
     anchors: tuple[str, ...] = ()
     wordings: tuple[str, ...] = ()
-    half: float = 0.5
+    midpoint: float = 0.5
 
 
 @dataclass(frozen=True)

@@ -43,18 +43,18 @@ class Dial(NamedTuple):
     dimension: str
     weight: float
     principle: str
-    half: float = 0.5
+    midpoint: float = 0.5
 
     def as_json(self) -> dict[str, Any]:
         """The dial but for its dimension."""
-        return {"weight": self.weight, "principle": self.principle, "half": self.half}
+        return {"weight": self.weight, "principle": self.principle, "midpoint": self.midpoint}
 
 
 def dials_of(profile: Profile, dimensions: Dimensions) -> list[Dial]:
     """The profile's effective style weights as dials, strongest first (ties in the registry's order)."""
     weights = {key: profile.weights[key].value for key in dimensions if key in profile.weights}
     found = [
-        Dial(key, value, pole.principle, pole.half)
+        Dial(key, value, pole.principle, pole.midpoint)
         for key, value in weights.items()
         if value and dimensions[key].kind == "style" and value >= dimensions[key].low
         for pole in [dimensions[key].pole(value)]

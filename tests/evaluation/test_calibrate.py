@@ -1,4 +1,4 @@
-"""A model's own words and halves: what is measured is what half a weight does, and nothing else changes."""
+"""A model's own words and midpoints: what is measured is what half a weight does, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from prefmw.alignment.drift import shares
 from prefmw.errors import UsageError
 from prefmw.evaluation import calibrate, steer
-from prefmw.evaluation.calibrate import HALF, HALVES, Trials, pairs, sentences
+from prefmw.evaluation.calibrate import HALF, MIDPOINTS, Trials, pairs, sentences
 from prefmw.preferences import default_dimensions, parse_dimensions
 from prefmw.training import unfinished
 from prefmw.training.unfinished import Unfinished
@@ -40,7 +40,7 @@ class Scripted(Trials):
             pole = None if dimension is None else dimension.pole(weight)
             lean = 0.0
             if pole is not None:
-                gone = float(shares(torch.tensor(abs(weight)), torch.tensor(pole.half)))
+                gone = float(shares(torch.tensor(abs(weight)), torch.tensor(pole.midpoint)))
                 lean = math.copysign(gone, weight) * self.force[pole.principle]
             yield [f"{lean + noise} stands for a reply." for noise in self.noise]
 
@@ -77,7 +77,7 @@ def test_the_sentence_that_moves_further_wins_and_half_a_weight_does_half_of_wha
         assert row["reached"]
         assert row["moves"][row["wording"]] == pytest.approx(delta(1.0), abs=0.03)
         assert row["moved"] == pytest.approx(HALF * delta(1.0), abs=0.03)
-        assert delta(row["half"]) == pytest.approx(HALF * delta(1.0), abs=0.03)
+        assert delta(row["midpoint"]) == pytest.approx(HALF * delta(1.0), abs=0.03)
 
 
 def test_a_model_that_half_a_weight_does_not_move_goes_the_farthest_and_is_said_to_fall_short(scripted):
@@ -87,13 +87,20 @@ def test_a_model_that_half_a_weight_does_not_move_goes_the_farthest_and_is_said_
 
     deaf = Deaf(scripted.backend, scripted.questions)
     _, rows = calibrate.calibrate(deaf, parse_dimensions(ONE), lambda what, share: None)
-    assert all(row["half"] == HALVES[-1] and not row["reached"] for row in rows)
+    assert all(row["midpoint"] == MIDPOINTS[-1] and not row["reached"] for row in rows)
 
 
 def test_a_pole_whose_sentence_does_nothing_is_left_in_the_middle(scripted):
     scripted.force.update(dict.fromkeys(scripted.force, 0.0))
     _, rows = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
-    assert all(row["half"] == 0.5 and row["wording"] == 0 and not row["reached"] for row in rows)
+    assert all(row["midpoint"] == 0.5 and row["wording"] == 0 and not row["reached"] for row in rows)
+    assert all(row["moved"] is None for row in rows)
+
+
+def test_a_movement_within_two_standard_errors_is_none(scripted):
+    scripted.force.update(dict.fromkeys(scripted.force, 0.05))
+    _, rows = calibrate.calibrate(scripted, parse_dimensions(ONE), lambda what, share: None)
+    assert all(row["moves"][0] > 0 and row["midpoint"] == 0.5 and row["moved"] is None for row in rows)
 
 
 class Watched(Scripted):
@@ -114,11 +121,13 @@ def watched(scripted):
     return Watched(scripted.backend, scripted.questions)
 
 
-def test_halves_are_tried_from_the_least_until_one_suffices(watched):
+def test_midpoints_are_tried_from_the_least_until_one_suffices(watched):
     _, rows = calibrate.calibrate(watched, parse_dimensions(ONE), lambda what, share: None)
-    halves = [dimension.pole(weight).half for dimension, weight in watched.asked if dimension and abs(weight) == 0.5]
-    assert max(row["half"] for row in rows) <= max(halves) < HALVES[-1]
-    assert sorted(halves) == sorted(2 * [half for half in HALVES if half <= max(halves)])
+    midpoints = [
+        dimension.pole(weight).midpoint for dimension, weight in watched.asked if dimension and abs(weight) == 0.5
+    ]
+    assert max(row["midpoint"] for row in rows) <= max(midpoints) < MIDPOINTS[-1]
+    assert sorted(midpoints) == sorted(2 * [half for half in MIDPOINTS if half <= max(midpoints)])
 
 
 def test_a_killed_calibration_goes_on_and_comes_to_what_an_unbroken_one_does(scripted, watched, tmp_path, monkeypatch):
@@ -182,4 +191,4 @@ def test_a_real_model_is_measured_end_to_end(backend, monkeypatch):
     assert found.revision == backend.chat.revision
     for row in rows:
         assert row["principle"] in sentences(humor["humor"], -1 if row["pole"] == "serious" else 1)
-        assert HALVES[0] <= row["half"] <= HALVES[-1]
+        assert MIDPOINTS[0] <= row["midpoint"] <= MIDPOINTS[-1]

@@ -20,12 +20,12 @@ OTHER = HUMOR.positive.wordings[0]
 FOUND = Calibration("tiny", "r1", {"humor": {"humorous": Tuned(OTHER, 0.7), "serious": Tuned("Never heard.", 0.6)}})
 
 
-def test_everything_reads_the_model_s_own_words_and_halves():
+def test_everything_reads_the_model_s_own_words_and_midpoints():
     dimensions = FOUND.applied(default_dimensions())
     person = profile_of({"humor": 0.5})
     assert principle_text(person, dimensions) == OTHER
     (dial,) = dials_of(person, dimensions)
-    assert (dial.principle, dial.half, dial.weight) == (OTHER, 0.7, 0.5)
+    assert (dial.principle, dial.midpoint, dial.weight) == (OTHER, 0.7, 0.5)
 
 
 def test_a_sentence_that_the_registry_no_longer_has_is_left_aside():
@@ -44,9 +44,11 @@ def test_a_file_holds_all_of_it():
         "",
         "[]",
         '{"model": "m", "revision": "r", "poles": {"humor": 3}}',
-        '{"model": "m", "revision": "r", "poles": {"humor": {"humorous": {"principle": "", "half": 0.5}}}}',
-        '{"model": "m", "revision": "r", "poles": {"humor": {"humorous": {"principle": "a", "half": 0}}}}',
-        '{"model": "m", "revision": "r", "poles": {"humor": {"humorous": {"principle": "a", "half": NaN}}}}',
+        '{"model": "m", "revision": "r", "poles": {"humor": {"humorous": {"principle": "", "midpoint": 0.5}}}}',
+        '{"model": "m", "revision": "r", "poles": {"humor": {"humorous": {"principle": "a", "midpoint": 0}}}}',
+        '{"model": "m", "revision": "r", "poles": {"humor": {"humorous": {"principle": "a", "midpoint": NaN}}}}',
+        '{"model": "m", "revision": "r", "poles": {"humor": {"humorous": {"principle": "a", "midpoint": 1}}}}',
+        '{"model": "m", "revision": "r", "poles": {"humor": {"humorous": {"principle": "a", "midpoint": 0.9999999}}}}',
     ],
 )
 def test_what_is_no_calibration_is_refused(text):
@@ -72,7 +74,7 @@ def test_one_s_own_calibration_comes_before_the_shipped_one(home, caplog):
     assert load_dimensions(settings) == FOUND.applied(default_dimensions())
     file.write_text("[]", encoding="utf-8")
     with caplog.at_level(logging.WARNING):
-        assert load_dimensions(settings)["humor"].positive.half not in (0.5, 0.7)
+        assert load_dimensions(settings)["humor"].positive.midpoint not in (0.5, 0.7)
     assert "left aside" in caplog.text
 
 
