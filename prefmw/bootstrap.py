@@ -136,7 +136,7 @@ def load_inferer(settings: Settings, dimensions: Dimensions) -> Inferer:
                 )
             embedder = Embedder(settings.embedder)
             readout = load_readout(path, embedder)
-            _inferers[key] = Inferer(embedder, readout, dimensions)
+            _inferers[key] = Inferer(readout, dimensions)
         return _inferers[key]
 
 

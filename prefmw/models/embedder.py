@@ -1,18 +1,20 @@
-"""Sentence embeddings: similarity of texts, for inference and for a second opinion on style."""
+"""Sentence embeddings, for a second opinion on style and for training; and the encoder that a read-out adapts."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prefmw.errors import MissingExtraError, ModelNotFoundError
-from prefmw.models.packing import packed
+from prefmw.errors import MissingExtraError, ModelNotFoundError, UsageError
+
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Texts to unit vectors, (N, D)."""
 
 DEFAULT = "all-MiniLM-L6-v2"
 """The embedder that the shipped read-out was fitted on; from a PyPI package where that is installed (extra offline)."""
@@ -23,14 +25,11 @@ class Embedder:
 
     Args:
         name: :data:`DEFAULT`, a folder, or a hub id.
-        device: a torch device; the CPU by default, where a sentence takes a few milliseconds.
     """
 
-    def __init__(self, name: str = DEFAULT, device: str = "cpu") -> None:
+    def __init__(self, name: str = DEFAULT) -> None:
         self.name = name
-        self._device = device
         self._model: Any = None
-        self._encoder: Any = None
         self._lock = threading.Lock()
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -45,9 +44,14 @@ class Embedder:
 
     @property
     def encoder(self) -> nn.Module:
-        """The transformers model behind the embeddings."""
-        self._loaded()
-        encoder: nn.Module = self._encoder
+        """The transformers model behind the embeddings.
+
+        Raises:
+            UsageError: they are made by something else.
+        """
+        encoder = getattr(self._loaded()[0], "model", None)
+        if not isinstance(encoder, nn.Module):
+            raise UsageError(f"the embedder '{self.name[:80]}' has no transformers encoder for a read-out to adapt")
         return encoder
 
     def tokens(self, texts: Sequence[str], longest: int) -> dict[str, Tensor]:
@@ -60,9 +64,6 @@ class Embedder:
         with self._lock:
             if self._model is None:
                 self._model = self._load()
-                self._encoder = getattr(self._model[0], "model", None)
-                if self._encoder is not None:
-                    self._model[0].model = packed(self._encoder)
             return self._model
 
     def _load(self) -> Any:
@@ -76,7 +77,7 @@ class Embedder:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return SentenceTransformer(source, device=self._device)
+                return SentenceTransformer(source, device="cpu")
         except (OSError, ValueError) as error:
             if is_default:
                 raise MissingExtraError(f"the embedder {DEFAULT}", "offline") from error

@@ -4,8 +4,6 @@ text's few tokens take as long as the weights take to read.
 
 from __future__ import annotations
 
-import copy
-
 from torch import Tensor, nn
 
 from prefmw.decoding.products import can_pack, pack, packed_product
@@ -25,15 +23,12 @@ class Packed(nn.Module):
 
 
 def packed(encoder: nn.Module) -> nn.Module:
-    """A copy of a frozen encoder that reads packed weights and shares all others; itself where this machine has no such
-    products for it.
+    """A frozen encoder, its linear layers replaced in place by ones that read packed weights; left alone where this
+    machine has no such products for it.
     """
     layers = [(name, layer) for name, layer in encoder.named_modules() if type(layer) is nn.Linear]
-    if not all(layer.weight.device.type == "cpu" and can_pack(layer.weight.dtype) for _, layer in layers):
-        return encoder
-    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
-    quick = copy.deepcopy(encoder, shared)
-    for name, layer in layers:
-        parent, _, own = name.rpartition(".")
-        setattr(quick.get_submodule(parent), own, Packed(layer))
-    return quick
+    if all(layer.weight.device.type == "cpu" and can_pack(layer.weight.dtype) for _, layer in layers):
+        for name, layer in layers:
+            parent, _, own = name.rpartition(".")
+            setattr(encoder.get_submodule(parent), own, Packed(layer))
+    return encoder

@@ -3,7 +3,8 @@
 N clauses, D hidden, K dimensions. Similarity of sentence embeddings says what a clause is about, not which side it
 takes: "no jokes" lies next to "jokes". So the read-out is a low-rank adapter on the embedder's own encoder and a linear
 head on its mean-pooled states, three outputs a dimension (negative pole, neither, positive pole); fitted by ``prefmw
-prefs fit-readout``, kept as safetensors with the anchor bank's embeddings, which explain what it finds.
+prefs fit-readout``, kept as safetensors with the states of the anchor bank. Those nearest to a clause's state, which is
+all that the head reads of it, explain what it finds.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from prefmw.errors import UsageError
 from prefmw.models.embedder import Embedder
 from prefmw.models.packing import packed
 from prefmw.preferences.anchors import Anchor
+from prefmw.preferences.inference import Read
+
+FORM = "2"
+"""How clauses are read and explained; a read-out of another form is refused."""
 
 LONGEST = 128
 """Tokens of a clause that are read."""
@@ -66,11 +71,26 @@ class Reader(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits of negative pole, neither, positive pole."""
+        return self.logits(self.pooled(input_ids, attention_mask))
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The mean of a text's states, (N, D)."""
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (N, T, D)
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
-        pooled = (states * mask).sum(1) / mask.sum(1)  # (N, D)
+        mean: Tensor = (states * mask).sum(1) / mask.sum(1)
+        return mean
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """(N, D) to (N, K, 3)."""
         logits: Tensor = self.head(pooled)
         return logits.view(len(logits), -1, 3)
+
+
+def tokens(embedder: Embedder, clauses: Sequence[str]) -> dict[str, Tensor]:
+    """N clauses as a :class:`Reader` takes them, (N, T), without the full stops at their ends: one means nothing, and
+    yet an encoder is less sure with some and with others without.
+    """
+    return embedder.tokens([clause.rstrip(" .") or clause for clause in clauses], LONGEST)
 
 
 def linear_layers(encoder: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -95,7 +115,7 @@ class ReadOut:
         threshold: the least size of a value that is a statement; what is smaller is abstained from.
         anchors: A labelled statements, which explain what it finds.
         tensors: ``head.weight`` (3 K, D), ``head.bias`` (3 K,), ``NAME.a`` and ``NAME.b`` for every linear layer, and
-            ``anchors``, the embeddings of the anchors, (A, D).
+            ``anchors``, what :meth:`read` makes of the anchors, (A, D).
     """
 
     def __init__(
@@ -112,37 +132,33 @@ class ReadOut:
         self.threshold = threshold
         self._tensors = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
         self.anchors = tuple(anchors)
-        self.vectors: NDArray[np.float32] = tensors["anchors"].float().numpy()
         self._reader: Reader | None = None
         self._lock = threading.Lock()
+        self.vectors: NDArray[np.float32] = self._tensors["anchors"].float().numpy()
 
     def version(self) -> str:
         """A hash of all that its values depend on."""
-        digest = hashlib.sha256(repr((self.embedder.name, self.dimensions, self.poles, self.threshold)).encode())
+        digest = hashlib.sha256(repr((FORM, self.embedder.name, self.dimensions, self.poles, self.threshold)).encode())
         for name in sorted(self._tensors):
             digest.update(self._tensors[name].numpy().tobytes())
         return digest.hexdigest()
 
-    def values(self, clauses: Sequence[str]) -> NDArray[np.float64]:
-        """Per clause and dimension, (N, K), the probability of the positive pole less the negative's, in [-1, 1].
-
-        A clause that ends with a full stop is read without it as well, and has the mean: it means nothing, and yet the
-        encoder is less sure with some and with others without.
+    def read(self, clauses: Sequence[str]) -> Read:
+        """Per clause and dimension the probability of the positive pole less the negative's, in [-1, 1]; and per clause
+        the state that it was read from, as a unit vector.
         """
-        bare = [clause.rstrip(" .") or clause for clause in clauses]
-        rows = {text: row for row, text in enumerate(dict.fromkeys([*clauses, *bare]))}
-        read = self._read(list(rows))
-        return (read[[rows[text] for text in clauses]] + read[[rows[text] for text in bare]]) / 2
-
-    def _read(self, texts: Sequence[str]) -> NDArray[np.float64]:
         with self._lock:
             if self._reader is None:
                 self._reader = self._built()
-        found = [np.zeros((0, len(self.dimensions)))]
+        reader = self._reader
+        values = [np.zeros((0, len(self.dimensions)))]
+        vectors = [np.zeros((0, reader.head.in_features), dtype=np.float32)]
         with torch.inference_mode():
-            for at in range(0, len(texts), BATCH):
-                found.append(sides(self._reader(**self.embedder.tokens(texts[at : at + BATCH], LONGEST))))
-        return np.concatenate(found)
+            for at in range(0, len(clauses), BATCH):
+                pooled = reader.pooled(**tokens(self.embedder, clauses[at : at + BATCH]))
+                values.append(sides(reader.logits(pooled)))
+                vectors.append(nn.functional.normalize(pooled, dim=1).numpy())
+        return Read(np.concatenate(values), np.concatenate(vectors))
 
     def continued(self, reader: Reader) -> None:
         """Put what was learned into a reader whose encoder is :func:`adapted`, to learn further.
@@ -163,6 +179,7 @@ class ReadOut:
         from safetensors.torch import save_file
 
         about = {
+            "form": FORM,
             "embedder": self.embedder.name,
             "dimensions": json.dumps(dict(zip(self.dimensions, self.poles, strict=True))),
             "threshold": repr(self.threshold),
@@ -196,6 +213,10 @@ def load_readout(path: Path, embedder: Embedder) -> ReadOut:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "embedder" in about and about.get("form") != FORM:
+            raise UsageError(
+                f"the read-out '{path}' was made by an earlier version; make it again with 'prefmw prefs fit-readout'"
+            )
         fitted_to, dimensions = about["embedder"], json.loads(about["dimensions"])
         poles = {key: (negative, positive) for key, (negative, positive) in dimensions.items()}
         anchors = [Anchor(*anchor) for anchor in json.loads(about["anchors"])]

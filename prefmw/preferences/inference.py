@@ -1,4 +1,4 @@
-"""Weights inferred from a person's own words: clauses, embedded, read out, explained by the anchors nearest.
+"""Weights inferred from a person's own words: clauses, read out, explained by the anchors nearest.
 
 Nothing is guessed: a dimension on which no clause takes a side clearly enough is left unset, and where two clauses take
 opposite sides both are shown and neither wins.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -34,8 +34,11 @@ _JOINTS = re.compile(
 )
 
 
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Texts to unit vectors, (N, D)."""
+class Read(NamedTuple):
+    """What N clauses say: ``values`` (N, K) in [-1, 1], and the unit ``vectors`` (N, D) that these were read from."""
+
+    values: NDArray[np.float64]
+    vectors: NDArray[np.float32]
 
 
 class ReadOut(Protocol):
@@ -43,7 +46,7 @@ class ReadOut(Protocol):
 
     ``poles`` are the names of each dimension's negative and positive pole (``None`` where it has none). What is smaller
     than ``threshold`` is no statement. ``anchors`` are the labelled statements that explain a weight, and ``vectors``
-    their embeddings, (A, D).
+    what it reads in them, (A, D).
     """
 
     dimensions: tuple[str, ...]
@@ -56,8 +59,8 @@ class ReadOut(Protocol):
         """A hash of all that its values depend on."""
         ...
 
-    def values(self, clauses: Sequence[str]) -> NDArray[np.float64]:
-        """Per clause and dimension, (N, K), in [-1, 1]."""
+    def read(self, clauses: Sequence[str]) -> Read:
+        """What clauses say."""
         ...
 
 
@@ -86,7 +89,9 @@ def units(text: str) -> list[Unit]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """An anchor that a clause resembles: its text, the cosine of their embeddings, and the pole it asks for."""
+    """An anchor that a clause resembles: its text, the cosine of what the read-out makes of both, and the pole it asks
+    for.
+    """
 
     anchor: str
     similarity: float
@@ -131,13 +136,11 @@ class Inferer:
     """Reads preferences out of texts.
 
     Args:
-        embed: the embedder that ``readout`` was fitted on.
         readout: the fitted read-out.
         dimensions: the registry; a dimension of the read-out's that it lacks, or has with other poles, is not read.
     """
 
-    def __init__(self, embed: Embed, readout: ReadOut, dimensions: Dimensions) -> None:
-        self._embed = embed
+    def __init__(self, readout: ReadOut, dimensions: Dimensions) -> None:
         self._readout = readout
         self._dimensions = dimensions
         self.dimensions = frozenset(
@@ -165,9 +168,10 @@ class Inferer:
             UsageError: the text is too long, or holds what no text may.
         """
         said = units(check_persona(text))
-        values = self._readout.values([unit.text for unit in said])
+        values, vectors = self._readout.read([unit.text for unit in said])
         least = max(self._readout.threshold, threshold)
-        decided: dict[str, list[tuple[str, float]]] = {}  # by dimension a clause, or two that contradict each other
+        weights: dict[str, Inferred] = {}
+        conflicts: dict[str, tuple[Inferred, Inferred]] = {}
         for dimension, sides in zip(self._readout.dimensions, values.T, strict=True):
             if dimension not in self.dimensions or not len(sides) or np.abs(sides).max() < least:
                 continue
@@ -178,13 +182,7 @@ class Inferer:
             else:
                 # A clause is clearer than the sentence it stands in, where it says something by itself.
                 rows = [max(atoms or range(len(said)), key=lambda row: abs(sides[row]))]
-            decided[dimension] = [(said[row].text, float(sides[row])) for row in rows]
-        clauses = list({clause: None for pair in decided.values() for clause, _ in pair})
-        vectors = dict(zip(clauses, self._embed(clauses), strict=True)) if clauses else {}
-        weights: dict[str, Inferred] = {}
-        conflicts: dict[str, tuple[Inferred, Inferred]] = {}
-        for dimension, pair in decided.items():
-            found = [self._inferred(dimension, clause, value, vectors[clause]) for clause, value in pair]
+            found = [self._inferred(dimension, said[row].text, float(sides[row]), vectors[row]) for row in rows]
             if len(found) == 2:
                 conflicts[dimension] = (found[0], found[1])
             else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 from transformers import PreTrainedTokenizerFast
 
-from prefmw.preferences.inference import Embed
+from prefmw.models.embedder import Embed
 from prefmw.training.composer import Chat
 from prefmw.training.styles import AXES
 from prefmw.training.topics import load_topics

@@ -34,7 +34,7 @@ from prefmw.errors import PrefmwError, StoreError, ThreadOwnerError, UnknownUser
 from prefmw.preferences import Source, Stated, default_dimensions
 from prefmw.preferences.inference import Inferer
 from tests.adapters.conftest import QUESTION
-from tests.preferences.test_inference import WordReadOut, embed
+from tests.preferences.test_inference import WordReadOut
 
 ALICE, BOB = PreferenceContext("alice"), PreferenceContext("bob")
 THREAD = {"configurable": {"thread_id": "1"}}
@@ -98,7 +98,7 @@ def run(request):
 @pytest.fixture
 def listening(monkeypatch):
     """What reads preferences out of words: it knows short, long, jokes and grave."""
-    inferer = Inferer(embed, WordReadOut(), default_dimensions())
+    inferer = Inferer(WordReadOut(), default_dimensions())
     monkeypatch.setattr(bootstrap, "load_inferer", lambda settings, dimensions: inferer)
 
 

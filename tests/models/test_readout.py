@@ -76,7 +76,9 @@ def fitted(embedder) -> tuple[ReadOut, dict]:
 
 def test_it_learns_which_side_a_word_is_on(fitted):
     readout, measured = fitted
-    values = dict(zip(readout.dimensions, readout.values(["short a", "long b", "jokes c", "tea d"]).T, strict=True))
+    values = dict(
+        zip(readout.dimensions, readout.read(["short a", "long b", "jokes c", "tea d"]).values.T, strict=True)
+    )
     assert values["verbosity"].round().tolist() == [-1, 1, 0, 0]
     assert values["humor"].round().tolist() == [0, 0, 1, 0]
     assert measured["right_side"] > 0.95
@@ -130,10 +132,10 @@ def test_a_fit_does_not_go_on_with_another_s_steps(embedder, few, tmp_path, othe
 def test_a_fit_goes_on_from_a_read_out(fitted, embedder, few):
     """One pass from what 40 taught still knows it; one from nothing does not."""
     asked = ["long", "short"]
-    known = fitted[0].values(asked)[:, 0]
+    known = fitted[0].read(asked).values[:, 0]
     further, _ = fit_readout(embedder, ANCHORS, default_dimensions(), epochs=1, start=fitted[0])
     begun, _ = fit_readout(embedder, ANCHORS, default_dimensions(), epochs=1)
-    assert np.abs(further.values(asked)[:, 0] - known).max() < np.abs(begun.values(asked)[:, 0] - known).max()
+    assert np.abs(further.read(asked).values[:, 0] - known).max() < np.abs(begun.read(asked).values[:, 0] - known).max()
     assert further.version() not in (fitted[0].version(), begun.version())
 
 
@@ -149,21 +151,48 @@ def test_it_comes_back_as_saved(fitted, embedder, tmp_path):
     readout.save(file)
     back = load_readout(file, embedder)
     texts = ["short a", "long b"]
-    np.testing.assert_array_equal(back.values(texts), readout.values(texts))
+    np.testing.assert_array_equal(back.read(texts).values, readout.read(texts).values)
     assert (back.dimensions, back.threshold, back.version()) == (
         readout.dimensions,
         readout.threshold,
         readout.version(),
     )
     assert (back.anchors, back.poles) == (tuple(ANCHORS), readout.poles)
-    np.testing.assert_allclose(back.vectors, readout.vectors, atol=1e-3)
-    assert back.values([]).shape == (0, len(back.dimensions))
+    np.testing.assert_array_equal(back.vectors, readout.vectors)
+    assert back.read([]).values.shape == (0, len(back.dimensions))
+
+
+def test_anchors_are_kept_as_it_reads_them(fitted, embedder):
+    readout, _ = fitted
+    texts = [anchor.text for anchor in ANCHORS]
+    np.testing.assert_allclose(readout.vectors, readout.read(texts).vectors, atol=1e-3)
+    assert not np.allclose(readout.vectors, embedder(texts), atol=0.05)
+
+
+def test_a_full_stop_changes_nothing(fitted):
+    for with_it, without in zip(fitted[0].read(["short a."]), fitted[0].read(["short a"]), strict=True):
+        np.testing.assert_array_equal(with_it, without)
+
+
+def test_a_read_out_of_an_earlier_form_is_refused(fitted, embedder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("prefmw.models.readout.FORM", "1")
+        fitted[0].save(tmp_path / "former.safetensors")
+    with pytest.raises(UsageError, match="made by an earlier version"):
+        load_readout(tmp_path / "former.safetensors", embedder)
+
+
+def test_an_embedder_without_an_encoder_cannot_be_adapted():
+    embedder = Embedder("static")
+    embedder._model = [object()]
+    with pytest.raises(UsageError, match="no transformers encoder"):
+        _ = embedder.encoder
 
 
 def test_what_stands_beside_a_text_in_a_batch_changes_nothing(fitted):
     readout, _ = fitted
-    alone = readout.values(["short a"])
-    among = readout.values(["short a", "long " * 90])[:1]
+    alone = readout.read(["short a"]).values
+    among = readout.read(["short a", "long " * 90]).values[:1]
     np.testing.assert_allclose(alone, among, atol=1e-5)
 
 

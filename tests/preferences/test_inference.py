@@ -1,4 +1,4 @@
-"""Inference with an embedder that counts words and a read-out that knows a few, so that every value is plain."""
+"""Inference with a read-out that knows a few words and counts them for its states, so that every value is plain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefmw.evaluation.inference import Labelled, read_labelled, score_inference
 from prefmw.hearing import infer_persona, learn_from
 from prefmw.preferences import Source, Stated, default_dimensions, parse_dimensions
 from prefmw.preferences.anchors import Anchor, anchor_bank
-from prefmw.preferences.inference import Inferer, units
+from prefmw.preferences.inference import Inferer, Read, units
 
 VOCABULARY = ["short", "long", "jokes", "funny", "grave", "tea"]
 DIMENSIONS = ("verbosity", "humor")
@@ -34,6 +34,7 @@ def words_of(text):
 def embed(texts):
     """How often each word of the vocabulary occurs, as a unit vector."""
     counts = np.array([[words_of(text).count(word) for word in VOCABULARY] for text in texts], dtype=np.float32)
+    counts = counts.reshape(-1, len(VOCABULARY))
     return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-9)
 
 
@@ -49,7 +50,7 @@ class WordReadOut:
     def version(self) -> str:
         return "words"
 
-    def values(self, clauses):
+    def read(self, clauses):
         found = np.zeros((len(clauses), 2))
         for row, clause in enumerate(clauses):
             words = words_of(clause)
@@ -57,12 +58,12 @@ class WordReadOut:
             for word, (column, side) in {"short": (0, -1), "long": (0, 1), "jokes": (1, 1), "grave": (1, -1)}.items():
                 if word in words:
                     found[row, column] = 0.98 * side * turned
-        return found
+        return Read(found, embed(clauses))
 
 
 @pytest.fixture
 def inferer() -> Inferer:
-    return Inferer(embed, WordReadOut(), default_dimensions())
+    return Inferer(WordReadOut(), default_dimensions())
 
 
 def found(inferer, text):
@@ -220,7 +221,7 @@ def test_a_file_of_nothing_is_told(tmp_path):
     ],
 )
 def test_what_the_registry_does_not_have_as_it_was_fitted_is_not_read(inferer, text):
-    other = Inferer(embed, WordReadOut(), parse_dimensions(text, default_dimensions()))
+    other = Inferer(WordReadOut(), parse_dimensions(text, default_dimensions()))
     assert list(other.infer("No jokes. I like short answers.").weights) == ["verbosity"]
     assert other.key("No jokes.") != inferer.key("No jokes.")
 
@@ -228,7 +229,7 @@ def test_what_the_registry_does_not_have_as_it_was_fitted_is_not_read(inferer, t
 def test_what_was_inferred_on_a_retired_dimension_is_kept(store, inferer):
     store.add_user("alice", persona="No jokes. I like short answers.", actor="test")
     profile = infer_persona(store, store.profile("alice"), inferer)
-    retired = Inferer(embed, WordReadOut(), parse_dimensions("[humor]\nretired = true\n", default_dimensions()))
+    retired = Inferer(WordReadOut(), parse_dimensions("[humor]\nretired = true\n", default_dimensions()))
     profile = store.edit_user("alice", persona="I like long answers.", actor="test")
     profile = infer_persona(store, profile, retired)
     assert {key: round(weight.value) for key, weight in profile.weights.items()} == {"verbosity": 1, "humor": -1}
@@ -291,6 +292,6 @@ def test_it_reads_unseen_statements_no_worse_than_documented(shipped):
     dimensions = default_dimensions()
     statements = read_labelled(Path(__file__).parent / "statements.jsonl", dimensions)
     row = score_inference(statements, shipped, dimensions)
-    assert row["sign_accuracy"] >= 0.90
+    assert row["sign_accuracy"] >= 0.92
     assert row["spurious_rate"] <= 0.01
-    assert row["neutral_accuracy"] >= 0.98
+    assert row["neutral_accuracy"] >= 0.95

@@ -288,7 +288,7 @@ def test_all_weights_can_be_trained_and_the_result_is_a_chat_model(toy, tmp_path
     whole = recipe(
         toy,
         iterations=1,
-        fit=Fit(rank=0, learning_rate=2e-3, epochs=6, batch=8, per_device=4, packing=True, max_tokens=256),
+        fit=Fit(rank=0, learning_rate=2e-3, epochs=16, batch=8, per_device=4, packing=True, max_tokens=256),
     )
     path, _ = train_dpa(whole, tmp_path / "run", load_scorer=scorer, data=[data(tmp_path)], progress=False)
     card = read_card(path)

@@ -17,6 +17,7 @@ from prefmw.training.pair_reading import encode_pairs, head_logits, log_probabil
 from prefmw.training.pairs import Pair
 from prefmw.training.persrm import Head, Lora, PersRMRecipe, load_persrm_recipe, train_persrm
 from prefmw.training.preference_head import PreferenceHead, States
+from tests.toymodels import spoiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -242,12 +243,12 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, toy, tmp_path, monkeypat
 
 
 def test_a_loss_that_is_not_a_number_stops_and_says_where(toy, tmp_path):
-    wild = replace(recipe(toy), lora=replace(recipe(toy).lora, learning_rate=1e8, epochs=20))
+    backbone = spoiled(toy, tmp_path / "spoiled")
     with pytest.raises(
         TrainingError,
         match=r"stage 1, .*step \d+: .*not finite and stopped; (the last good checkpoint is|there was no)",
     ):
-        train_persrm(wild, tmp_path / "run", data=[data(tmp_path)], progress=False)
+        train_persrm(recipe(backbone), tmp_path / "run", data=[data(tmp_path)], progress=False)
     assert not (tmp_path / "run" / "persrm").exists()
 
 

@@ -23,6 +23,7 @@ from prefmw.training.composed_scores import composed_scores
 from prefmw.training.regression import EncodedReply, Regression, encode, last_states, ridge
 from prefmw.training.reward import Fit, RewardRecipe, load_reward_recipe, train_reward
 from prefmw.training.scored import Scored, read_scored
+from tests.toymodels import spoiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -279,9 +280,9 @@ def test_other_data_is_refused(finished, toy, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops(toy, tmp_path):
-    wild = replace(recipe(toy), fit=replace(recipe(toy).fit, learning_rate=1e8, epochs=20))
+    backbone = spoiled(toy, tmp_path / "spoiled")
     with pytest.raises(TrainingError, match="not finite and stopped"):
-        train_reward(wild, tmp_path / "run", data=[data(tmp_path)], progress=False)
+        train_reward(recipe(backbone), tmp_path / "run", data=[data(tmp_path)], progress=False)
 
 
 def test_a_cut_checkpoint_and_another_backbone_are_told(finished, tmp_path, toy):
