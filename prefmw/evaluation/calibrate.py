@@ -164,6 +164,11 @@ class _Pole:
         return [self.at(0.5, 1.0, wording) for wording in range(len(sentences(self.dimension, self.side)))]
 
     @property
+    def in_words(self) -> Setting:
+        """The sentence that was taken, in a prompt."""
+        return self.wordings[self.wording]
+
+    @property
     def name(self) -> str:
         return self.dimension.pole(self.side).name
 
@@ -189,7 +194,7 @@ def calibrate(
     seen.measure([setting for pole in poles for setting in pole.wordings])
     for pole in poles:
         pole.wording = _further([seen[setting].each for setting in pole.wordings])
-    moving = searching = [pole for pole in poles if _sure(seen[pole.at(0.5, 1.0)].each)]
+    moving = searching = [pole for pole in poles if _sure(seen[pole.in_words].each)]
     for midpoint in MIDPOINTS:
         seen.expected -= len(poles) - len(searching)
         seen.measure([pole.at(midpoint, 0.5) for pole in searching])
@@ -279,7 +284,7 @@ def _sure(each: NDArray[np.float64]) -> bool:
 
 def _wanted(seen: _Measurements, pole: _Pole) -> float:
     """How far half a weight is to move the replies."""
-    return HALF * seen[pole.at(0.5, 1.0)].mean
+    return HALF * seen[pole.in_words].mean
 
 
 def _moved(seen: _Measurements, pole: _Pole) -> list[float]:
@@ -299,7 +304,7 @@ def _least_reaching(tried: Sequence[float], wanted: float) -> float:
 
 
 def _row(seen: _Measurements, pole: _Pole) -> dict[str, Any]:
-    tried, wanted, full = _moved(seen, pole), _wanted(seen, pole), seen[pole.at(0.5, 1.0)]
+    tried = _moved(seen, pole)
     moved = float(np.interp(pole.midpoint, MIDPOINTS[: len(tried)], tried)) if tried else None
     return {
         "dimension": pole.dimension.key,
@@ -307,10 +312,10 @@ def _row(seen: _Measurements, pole: _Pole) -> dict[str, Any]:
         "principle": sentences(pole.dimension, pole.side)[pole.wording],
         "wording": pole.wording,
         "moves": [round(seen[setting].mean, 3) for setting in pole.wordings],
-        "loops": round(full.loops, 3),
+        "loops": round(seen[pole.in_words].loops, 3),
         "midpoint": pole.midpoint,
         "moved": None if moved is None else round(moved, 3),
-        "reached": moved is not None and moved >= 0.9 * wanted,
+        "reached": moved is not None and moved >= 0.9 * _wanted(seen, pole),
     }
 
 

@@ -213,16 +213,16 @@ def load_readout(path: Path, embedder: Embedder) -> ReadOut:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if "embedder" in about and about.get("form") != FORM:
-            raise UsageError(
-                f"the read-out '{path}' was made by an earlier version; make it again with 'prefmw prefs fit-readout'"
-            )
         fitted_to, dimensions = about["embedder"], json.loads(about["dimensions"])
         poles = {key: (negative, positive) for key, (negative, positive) in dimensions.items()}
         anchors = [Anchor(*anchor) for anchor in json.loads(about["anchors"])]
         readout = ReadOut(embedder, poles, float(about["threshold"]), anchors, tensors)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"'{path}' is no read-out; make one with 'prefmw prefs fit-readout'") from error
+    if about.get("form") != FORM:
+        raise UsageError(
+            f"the read-out '{path}' was made by an earlier version; make it again with 'prefmw prefs fit-readout'"
+        )
     if fitted_to != embedder.name:
         raise UsageError(
             f"the read-out '{path}' was fitted to {fitted_to}, not to {embedder.name}; fit one with 'prefmw prefs "

@@ -11,6 +11,7 @@ import torch
 
 from prefmw.errors import UsageError
 from prefmw.models.embedder import Embedder
+from prefmw.models.packing import Packed
 from prefmw.models.readout import ReadOut, adapted, changes, linear_layers, load_readout
 from prefmw.preferences import default_dimensions, parse_dimensions
 from prefmw.preferences.anchors import Anchor, anchor_bank
@@ -172,6 +173,16 @@ def test_anchors_are_kept_as_it_reads_them(fitted, embedder):
 def test_a_full_stop_changes_nothing(fitted):
     for with_it, without in zip(fitted[0].read(["short a."]), fitted[0].read(["short a"]), strict=True):
         np.testing.assert_array_equal(with_it, without)
+
+
+def test_the_embedder_s_encoder_stays_as_it_was_and_shares_its_other_weights(fitted, embedder):
+    readout, _ = fitted
+    readout.read(["short a"])
+    theirs = embedder.encoder
+    assert not any(isinstance(module, Packed) for module in theirs.modules())
+    assert readout._reader.encoder.embeddings.word_embeddings.weight is theirs.embeddings.word_embeddings.weight
+    states = theirs(**embedder.tokens(["short a"], 8)).last_hidden_state
+    assert states.requires_grad
 
 
 def test_a_read_out_of_an_earlier_form_is_refused(fitted, embedder, tmp_path, monkeypatch):
